@@ -1,0 +1,246 @@
+"""The experiment's config: one base with every key and its unit, and the check of it before any compile."""
+
+import dataclasses
+import difflib
+
+import ml_collections
+
+from moe_rl.data.corpus import Mix
+from moe_rl.data.tasks import Chain
+from moe_rl.data.templates import TEMPLATES
+from moe_rl.models.config import PRESETS, ModelConfig, Yarn
+
+STAGES = ('pretrain', 'rl')
+
+
+def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
+  """Every key there is, at its default. Experiments change values and add no key.
+
+  Raises ValueError for an unknown model preset, naming the nearest.
+  """
+  if preset not in PRESETS:
+    near = difflib.get_close_matches(preset, PRESETS, 1)
+    raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
+                                                f": use one of {', '.join(PRESETS)}"))
+  c = ml_collections.ConfigDict()
+  c.stage = 'rl'  # 'pretrain' or 'rl'
+  c.seed = 0
+  c.model = dataclasses.asdict(ModelConfig(**PRESETS[preset]))
+  if c.model.yarn is None:  # a placeholder keeps the key's type open: None or a section
+    c.model.yarn = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
+  c.init_from = ''  # '': random weights; 'embedded': the base in the package; or a .safetensors file of ours
+  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model
+  c.template = 'short'  # 'short' or 'r1_zero'
+
+  c.task = ml_collections.ConfigDict()
+  c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'jsonl' (files)
+  c.task.path = ''  # training problems of a file task
+  c.task.eval_path = ''  # its held-out problems; '': the last eval.problems of `path`, which then are not trained on
+  c.task.seed = 0
+  c.task.min_terms = 4
+  c.task.max_terms = 8
+  c.task.max_total = 50
+
+  c.mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1: whatever is left
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.expert = 1
+  c.mesh.tensor = 1
+
+  c.optim = ml_collections.ConfigDict()
+  c.optim.lr = 3e-4
+  c.optim.final_lr = 3e-4  # at the last step, by cosine
+  c.optim.warmup_steps = 0
+  c.optim.beta1 = 0.9
+  c.optim.beta2 = 0.95
+  c.optim.weight_decay = 0.0  # on matrices
+  c.optim.clip_norm = 1.0  # global gradient norm; 0: off
+
+  c.pretrain = ml_collections.ConfigDict()
+  c.pretrain.steps = 1000
+  c.pretrain.rows_per_step = 32
+  c.pretrain.row_tokens = 128
+  c.pretrain.microbatch_rows = 32  # rows in one forward and backward pass
+  c.pretrain.mtp_weight = 0.3  # lambda of V3 eq. 25
+  c.pretrain.balance_weight = 1e-4  # alpha of V3 eq. 17
+  c.pretrain.bias_rate = 1e-3  # router bias a step, gamma of V3 sec. 2.1.2
+  c.corpus = dataclasses.asdict(Mix())
+
+  c.rl = ml_collections.ConfigDict()
+  c.rl.steps = 100  # rollouts
+  c.rl.prompts_per_step = 32
+  c.rl.group_size = 8  # completions a prompt
+  c.rl.minibatches = 1  # optimizer updates a rollout
+  c.rl.epochs = 1  # passes over a rollout
+  c.rl.scale_by_std = True  # advantage in units of the group's standard deviation; False: Dr. GRPO
+  c.rl.loss_denominator = 'token'  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
+  c.rl.clip_low = 0.2  # ratio is clipped to 1 - clip_low .. 1 + clip_high
+  c.rl.clip_high = 0.28
+  c.rl.kl_weight = 1e-3  # beta, on the k3 estimate per token; 0: no reference is kept
+  c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
+  c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
+  c.rl.row_tokens = 128  # width of a packed row; at least max_prompt_tokens + max_new_tokens
+  c.rl.microbatch_rows = 16
+
+  c.sampling = ml_collections.ConfigDict()  # of the rollouts
+  c.sampling.temperature = 1.0
+  c.sampling.top_k = 0  # 0: off
+  c.sampling.top_p = 1.0
+  c.sampling.max_prompt_tokens = 24  # longer prompts are left out, counted and named
+  c.sampling.max_new_tokens = 96
+
+  c.rewards = ml_collections.ConfigDict()
+  c.rewards.accuracy_weight = 1.0
+  c.rewards.format_weight = 0.1
+  c.rewards.timeout_s = 5.0  # wall seconds an answer
+  c.rewards.workers = 2  # processes
+  c.rewards.memory_mb = 2048  # a worker
+
+  c.eval = ml_collections.ConfigDict()
+  c.eval.every = 20  # steps; 0: only before and after
+  c.eval.problems = 256
+  c.eval.samples = 4  # a problem
+  c.eval.temperature = 1.0
+  c.eval.top_p = 1.0
+
+  c.checkpoint = ml_collections.ConfigDict()
+  c.checkpoint.every = 20  # steps; 0: only at the end
+  c.checkpoint.keep = 2
+
+  c.log = ml_collections.ConfigDict()
+  c.log.every = 1  # steps between TensorBoard points
+  c.log.transcripts_every = 10  # steps between sampled transcripts
+  c.log.transcripts = 4  # written each time
+  return c
+
+
+def model_config(config) -> ModelConfig:
+  fields = config.model.to_dict()
+  fields['yarn'] = Yarn(**fields['yarn']) if fields['yarn'] else None
+  return ModelConfig(**fields)
+
+
+def chain_task(config) -> Chain:
+  t = config.task
+  return Chain(t.seed, t.min_terms, t.max_terms, t.max_total)
+
+
+def corpus_mix(config) -> Mix:
+  return Mix(**config.corpus.to_dict())
+
+
+def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | str]:
+  """Checks sizes against each other and returns the derived ones, to be printed. Touches no device, reads no data.
+
+  devices: how many there are; vocab_size: the tokenizer's. Raises ValueError: the key, its value, the remedy.
+  """
+  choose('config.stage', config.stage, STAGES)
+  choose('config.template', config.template, tuple(TEMPLATES))
+  model = model_config(config)
+  refuse(vocab_size > model.vocab_size,
+         f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
+         f'set it to {vocab_size} or more')
+  sizes = mesh_sizes(config, devices)
+  for axis, what, size in (('expert', 'experts', model.experts), ('tensor', 'heads', model.heads)):
+    refuse(size % sizes[axis], f'config.model.{what} {size} does not divide over config.mesh.{axis} {sizes[axis]}')
+  rows_over = sizes['data'] * sizes['fsdp']
+  o = config.optim
+  refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
+  refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
+  refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
+  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl}[config.stage]
+  return {'devices': devices, 'mesh': ' x '.join(f'{k}={v}' for k, v in sizes.items()), **check(config, model, rows_over)}
+
+
+def _validate_pretrain(config, model, rows_over):
+  p = config.pretrain
+  positive('config.pretrain', p, ('steps', 'rows_per_step', 'row_tokens', 'microbatch_rows'))
+  corpus_mix(config)
+  divides('config.pretrain.rows_per_step', p.rows_per_step, 'config.pretrain.microbatch_rows', p.microbatch_rows)
+  divides('config.pretrain.microbatch_rows', p.microbatch_rows, 'the mesh (data x fsdp)', rows_over)
+  refuse(p.row_tokens > model.max_length,
+         f'config.pretrain.row_tokens {p.row_tokens} exceeds config.model.max_length {model.max_length}')
+  tokens = p.rows_per_step * p.row_tokens
+  return {'tokens_per_step': tokens, 'microbatches': p.rows_per_step // p.microbatch_rows,
+          'tokens': tokens * p.steps}
+
+
+def _validate_rl(config, model, rows_over):
+  r, s, e = config.rl, config.sampling, config.eval
+  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs', 'row_tokens', 'microbatch_rows'))
+  positive('config.sampling', s, ('temperature', 'max_prompt_tokens', 'max_new_tokens'))
+  positive('config.eval', e, ('problems', 'samples', 'temperature'))
+  positive('config.rewards', config.rewards, ('timeout_s', 'workers', 'memory_mb'))
+  choose('config.rl.loss_denominator', r.loss_denominator, ('sequence', 'token', 'constant'))
+  choose('config.task.name', config.task.name, ('chain', 'gsm8k', 'math', 'countdown', 'jsonl'))
+  refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
+  divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
+  divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp)', rows_over)
+  divides('config.rl.microbatch_rows', r.microbatch_rows, 'the mesh (data x fsdp)', rows_over)
+  for section, v in (('sampling', s), ('eval', e)):
+    refuse(not 0 < v.top_p <= 1, f'config.{section}.top_p {v.top_p} must be in (0, 1]')
+  refuse(not 0 <= s.top_k <= model.vocab_size, f'config.sampling.top_k {s.top_k} must be in 0..{model.vocab_size}')
+  length = s.max_prompt_tokens + s.max_new_tokens
+  refuse(length > model.max_length,
+         f'config.sampling: max_prompt_tokens + max_new_tokens is {length}, more than config.model.max_length '
+         f'{model.max_length}: shorten one or raise it')
+  refuse(length > r.row_tokens,
+         f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (sampling.max_prompt_tokens + '
+         f'sampling.max_new_tokens): set it to {length} or more')
+  if config.task.name == 'chain':
+    t = config.task
+    refuse(not 2 <= t.min_terms <= t.max_terms,
+           f'config.task: min_terms {t.min_terms} and max_terms {t.max_terms} must satisfy 2 <= min <= max')
+    refuse(t.max_total < 18, f'config.task.max_total {t.max_total}: at least 18, so that a sum always has a way to go')
+  else:
+    refuse(not config.task.path,
+           f"config.task.path is empty: task '{config.task.name}' reads a file, give --config.task.path=FILE")
+  return {'samples_per_step': r.prompts_per_step * r.group_size, 'samples': r.prompts_per_step * r.group_size * r.steps,
+          'updates_per_step': r.minibatches * r.epochs, 'longest_sample_tokens': length,
+          'eval_samples': e.problems * e.samples}
+
+
+def eval_prompts_per_batch(config) -> int:
+  """Held-out prompts sampled at once: about 512 samples, a multiple of the rollout's prompts a step."""
+  unit = config.rl.prompts_per_step
+  return max(1, min(512 // config.eval.samples, config.eval.problems) // unit) * unit
+
+
+def mesh_sizes(config, devices: int) -> dict[str, int]:
+  """Devices along each mesh axis, with -1 filled in. Raises ValueError when they do not multiply to `devices`."""
+  sizes = dict(config.mesh.to_dict())
+  free = [k for k, v in sizes.items() if v == -1]
+  refuse(len(free) > 1, f'config.mesh: only one axis may be -1, not {free}')
+  refuse(any(v < 1 and v != -1 for v in sizes.values()), f'config.mesh {sizes}: sizes are 1 or more, or -1')
+  fixed = 1
+  for k, v in sizes.items():
+    fixed *= 1 if k in free else v
+  if free:
+    refuse(devices % fixed, f'config.mesh: {devices} devices do not divide by {fixed} (the fixed axes of {sizes})')
+    sizes[free[0]] = devices // fixed
+  else:
+    refuse(fixed != devices, f'config.mesh {sizes} needs {fixed} devices, there are {devices}: set one axis to -1')
+  return sizes
+
+
+def refuse(bad, message: str):
+  """Raises ValueError with `message` if bad."""
+  if bad:
+    raise ValueError(message)
+
+
+def choose(key: str, value: str, options: tuple[str, ...]):
+  if value not in options:
+    near = difflib.get_close_matches(str(value), options, 1)
+    raise ValueError(f"{key} '{value}': use one of {', '.join(options)}" + (f" (nearest: '{near[0]}')" if near else ''))
+
+
+def positive(section: str, values, keys: tuple[str, ...]):
+  for key in keys:
+    refuse(values[key] <= 0, f'{section}.{key} is {values[key]}, must be positive')
+
+
+def divides(key: str, value: int, other: str, by: int):
+  if value % by:
+    down = value // by * by
+    refuse(True, f'{key} {value} is not a multiple of {other} {by}: set it to ' + (f'{down} or {down + by}' if down else f'{by}'))

@@ -1,0 +1,83 @@
+"""The prompts of an RL run: training ones for Grain, held-out ones for evaluation, and what was left out."""
+
+import dataclasses
+
+from moe_rl.config import chain_task
+from moe_rl.data.problems import Problem, load_problems
+from moe_rl.data.tasks import Problems
+from moe_rl.data.templates import render
+from moe_rl.data.tokenizer import Tokenizer
+
+ENDLESS = 2**31 - 1  # problem ids address randomness as int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """problem: what is asked; ids: the rendered template's token ids."""
+
+  problem: Problem
+  ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """train: random access, by index; held_out: a list; left_out: too-long ones; notes: lines for the log."""
+
+  train: Problems
+  held_out: list[Prompt]
+  finite: bool
+  left_out: int
+  notes: list[str]
+
+
+def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
+  """Prompts of config.task. A prompt longer than sampling.max_prompt_tokens is left out, counted and named.
+
+  Raises ValueError if none is left, if a procedural prompt is too long, or DataError for a bad file.
+  """
+  limit = config.sampling.max_prompt_tokens
+
+  def prompt(problem: Problem) -> Prompt:
+    return Prompt(problem, tuple(tokenizer.encode(render(config.template, problem.question))))
+  if config.task.name == 'chain':
+    return _procedural(config, prompt, limit)
+
+  t = config.task
+  train, start = load_problems(t.path, t.name), 0
+  if t.eval_path:
+    held_out = load_problems(t.eval_path, t.name)[:config.eval.problems]
+  else:
+    start = len(train) - config.eval.problems
+    if start < 1:
+      raise ValueError(f'{t.path} has {len(train)} problems, not more than config.eval.problems '
+                       f'{config.eval.problems}: lower it, or give config.task.eval_path')
+    train, held_out = train[:start], train[start:]
+  kept_train, long_train = _fitting([prompt(p) for p in train], limit)
+  kept_eval, long_eval = _fitting([prompt(p) for p in held_out], limit)
+  for path, kept, long in ((t.path, kept_train, long_train), (t.eval_path or t.path, kept_eval, long_eval)):
+    if not kept:
+      raise ValueError(f'{path}: every prompt is longer than config.sampling.max_prompt_tokens {limit} (the shortest has '
+                       f'{min(len(p.ids) for p in long)} tokens): raise it')
+  notes = [f'{len(kept_train)} training and {len(kept_eval)} held-out prompts of {t.path}']
+  for name, long in (('training', long_train), ('held-out', long_eval)):
+    if long:
+      worst = max(long, key=lambda p: len(p.ids))
+      notes.append(f'left out {len(long)} {name} prompts longer than config.sampling.max_prompt_tokens {limit}; '
+                   f'the longest is problem {worst.problem.id} with {len(worst.ids)} tokens')
+  return Prompts(Problems(kept_train.__getitem__, len(kept_train)), kept_eval, True,
+                 len(long_train) + len(long_eval), notes)
+
+
+def _procedural(config, prompt, limit: int) -> Prompts:
+  chain = chain_task(config)
+  longest = prompt(Problem(0, '1' + '+1' * (config.task.max_terms - 1) + '=?', '', 'integer'))
+  if len(longest.ids) > limit:
+    raise ValueError(f'config.sampling.max_prompt_tokens {limit} is too short for config.task.max_terms '
+                     f'{config.task.max_terms} (prompts of up to {len(longest.ids)} tokens): raise it')
+  held_out = [prompt(chain.problem('held_out', i)) for i in range(config.eval.problems)]
+  return Prompts(Problems(lambda i: prompt(chain.problem('train', i)), ENDLESS), held_out, False, 0,
+                 [f'procedural {config.task.name} problems, held-out questions never among them'])
+
+
+def _fitting(prompts: list[Prompt], limit: int) -> tuple[list[Prompt], list[Prompt]]:
+  return [p for p in prompts if len(p.ids) <= limit], [p for p in prompts if len(p.ids) > limit]

@@ -1,0 +1,127 @@
+"""Multi-head latent attention (MLA): one set of weights, a naive form and an absorbed form.
+
+DeepSeek-V2 (arXiv:2405.04434) sec. 2.1, DeepSeek-V3 (arXiv:2412.19437) eq. 1 to 11. The naive form expands keys
+and values for a whole sequence (training, scoring, prefill). The absorbed form attends in latent space (decode): it is
+multi-query attention with keys of width C + R and values of width C, so a cached token costs C + R numbers a layer.
+"""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_rl.models.config import ModelConfig
+from moe_rl.models.layers import RMSNorm, weight
+from moe_rl.models.rope import rotate
+
+LATENT_NORM_EPS = 1e-6  # both latent norms, whatever norm_eps says: the released models were run like that
+
+
+@flax.struct.dataclass
+class LatentCache:
+  """What decode reads: normed latents and rotated shared keys, layers leading.
+
+  A group's completions share their prompt's cells, which are stored once.
+
+  prompt_LxBxPxZ: cells of the prompts, in the compute dtype; own_LxBxGxSxZ: cells of each completion;
+  prompt_length_B: int32, cells of the prompt that hold a token; own_length: int32 scalar, cells written.
+  """
+
+  prompt_LxBxPxZ: jax.Array
+  own_LxBxGxSxZ: jax.Array
+  prompt_length_B: jax.Array
+  own_length: jax.Array
+
+
+class MLA(nn.Module):
+  """Latent attention over x; see the module's text for the two forms."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    qk = c.heads * c.qk_dim
+    if c.q_lora:
+      self.q_down = weight(self, 'q_down', (c.width, c.q_lora), ('embed', 'q_lora'))
+      self.q_norm = RMSNorm(LATENT_NORM_EPS, c.param_dtype)
+      self.q_up = weight(self, 'q_up', (c.q_lora, qk), ('q_lora', 'heads'))
+    else:
+      self.q = weight(self, 'q', (c.width, qk), ('embed', 'heads'))
+    self.kv_down = weight(self, 'kv_down', (c.width, c.latent_dim), ('embed', 'latent'))
+    self.kv_norm = RMSNorm(LATENT_NORM_EPS, c.param_dtype)
+    self.kv_up = weight(self, 'kv_up', (c.kv_lora, c.heads * (c.nope_dim + c.v_dim)), ('latent', 'heads'))
+    self.out = weight(self, 'out', (c.heads * c.v_dim, c.width), ('heads', 'embed'))
+
+  def queries(self, x, positions):
+    """[..., D] -> content [..., H, nope] and rotated [..., H, R] parts."""
+    c = self.config
+    q = self.q_norm(x @ self.q_down) @ self.q_up if c.q_lora else x @ self.q
+    q = q.reshape(*x.shape[:-1], c.heads, c.qk_dim)
+    return q[..., :c.nope_dim], rotate(q[..., c.nope_dim:], positions, c)
+
+  def cells(self, x, positions):
+    """[..., D] -> [..., Z]: the normed latent beside the rotated shared key, as the cache holds them."""
+    c = self.config
+    down = x @ self.kv_down
+    latent, key = self.kv_norm(down[..., :c.kv_lora]), rotate(down[..., c.kv_lora:], positions, c)
+    return jnp.concatenate([latent, key], axis=-1)
+
+  def expansion(self):
+    """W_UK [C, H, nope] and W_UV [C, H, v], views of the one stored matrix."""
+    c = self.config
+    up = self.kv_up.reshape(c.kv_lora, c.heads, c.nope_dim + c.v_dim)
+    return up[..., :c.nope_dim], up[..., c.nope_dim:]
+
+  def __call__(self, x_NxTxD, positions_NxT, segments_NxT):
+    """Naive causal attention within segments.
+
+    segments_NxT: int32, 0 is padding; a token sees earlier tokens of its own segment, so packing isolates samples.
+    Returns output [N, T, D] and cells [N, T, Z].
+    """
+    c = self.config
+    q_nope, q_rope = self.queries(x_NxTxD, positions_NxT)
+    cells_NxTxZ = self.cells(x_NxTxD, positions_NxT)
+    latent, k_rope = cells_NxTxZ[..., :c.kv_lora], cells_NxTxZ[..., c.kv_lora:]
+    up_k, up_v = self.expansion()
+    k_nope = jnp.einsum('ntc,chd->nthd', latent, up_k)
+    value = jnp.einsum('ntc,chd->nthd', latent, up_v)
+    query = jnp.concatenate([q_nope, q_rope], axis=-1)
+    key = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.rope_dim))], axis=-1)
+
+    score_NxHxTxS = jnp.einsum('nthd,nshd->nhts', query, key, preferred_element_type=jnp.float32)
+    length = x_NxTxD.shape[1]
+    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
+    same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
+    score_NxHxTxS = jnp.where((causal_TxS & same_NxTxS)[:, None], score_NxHxTxS * c.softmax_scale, -jnp.inf)
+    p_NxHxTxS = jax.nn.softmax(score_NxHxTxS, axis=-1).astype(x_NxTxD.dtype)
+    o = jnp.einsum('nhts,nshd->nthd', p_NxHxTxS, value)
+    return o.reshape(*x_NxTxD.shape[:2], -1) @ self.out, cells_NxTxZ
+
+  def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
+    """Absorbed attention of one new token a completion; reads the cache, returns the cell to be written.
+
+    Cells p < prompt_length_B and s < own_length are visible, and the new token itself. Softmax over the three
+    parts together. Returns output [B, G, D] and cells [B, G, Z].
+    """
+    c = self.config
+    up_k, up_v = self.expansion()
+    q_nope, q_rope = self.queries(x_BxGxD, positions_BxG)
+    q_BxGxHxZ = jnp.concatenate([jnp.einsum('bghd,chd->bghc', q_nope, up_k), q_rope], axis=-1)
+    cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
+
+    def scores(equation, cells):
+      return jnp.einsum(equation, q_BxGxHxZ, cells, preferred_element_type=jnp.float32) * c.softmax_scale
+    prompt = scores('bghz,bpz->bghp', prompt_BxPxZ)
+    own = scores('bghz,bgsz->bghs', own_BxGxSxZ)
+    new = scores('bghz,bgz->bgh', cell_BxGxZ)[..., None]
+    in_prompt = jnp.arange(prompt.shape[-1]) < prompt_length_B[:, None, None, None]
+    prompt = jnp.where(in_prompt, prompt, -jnp.inf)
+    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(x_BxGxD.dtype)
+    p_prompt, p_own, p_new = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+    o_BxGxHxC = (
+      jnp.einsum('bghp,bpc->bghc', p_prompt, prompt_BxPxZ[..., :c.kv_lora])
+      + jnp.einsum('bghs,bgsc->bghc', p_own, own_BxGxSxZ[..., :c.kv_lora])
+      + p_new * cell_BxGxZ[:, :, None, :c.kv_lora])
+    o = jnp.einsum('bghc,chd->bghd', o_BxGxHxC, up_v)
+    return o.reshape(*x_BxGxD.shape[:2], -1) @ self.out, cell_BxGxZ

@@ -1,0 +1,65 @@
+"""From hidden states to log-probabilities, in chunks, so that no [N, T, V] array exists."""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_TOKENS = 2048  # float32 logits of one chunk: 2048 x 129,280 x 4 B = 1.06 GB at V3's vocabulary
+
+
+def support_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """bool [..., V]: the tokens that top-k, then top-p leave; logits are already divided by the temperature.
+
+  top_k 0 and top_p 1 leave all. Top-p keeps the smallest set of likeliest tokens whose mass, among what top-k left,
+  reaches top_p; ties with the last one kept stay too, so that the set does not depend on an order among equals.
+  """
+  if not top_k and top_p >= 1:
+    return jnp.ones(logits.shape, bool)
+  descending = -jnp.sort(-logits, axis=-1)
+  if top_k:
+    keep = jnp.arange(logits.shape[-1]) < top_k
+    descending = jnp.where(keep, descending, -jnp.inf)
+  p = jax.nn.softmax(descending, axis=-1)
+  before = jnp.cumsum(p, axis=-1) - p
+  kept = (before < top_p) & jnp.isfinite(descending)
+  least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+  return logits >= least
+
+
+def distribution(logits: jax.Array, temperature: float, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+  """float32 log-probs [..., V] of the distribution that is sampled from: renormalised over its support."""
+  logits = logits.astype(jnp.float32) / temperature
+  if top_k or top_p < 1:
+    logits = jnp.where(support_mask(logits, top_k, top_p), logits, -jnp.inf)
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
+def token_logprobs(logits_of, hidden_NxTxD, targets_NxT, temperature=1.0, top_k=0, top_p=1.0, chunk=CHUNK_TOKENS):
+  """(log-prob of each target in nats, entropy in nats), float32 [N, T], under the sampled distribution.
+
+  logits_of: [M, D] -> float32 [M, V]. A target outside the support (possible through rounding at its edge only)
+  gets its log-prob as though it were in. Logits are recomputed for the backward pass, chunk by chunk.
+  """
+  @jax.checkpoint
+  def some(args):
+    hidden, targets = args
+    logits = logits_of(hidden) / temperature
+    own = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    if top_k or top_p < 1:
+      support = support_mask(jax.lax.stop_gradient(logits), top_k, top_p) | (
+        jnp.arange(logits.shape[-1]) == targets[:, None])
+      logits = jnp.where(support, logits, -1e30)  # finite, so that p * log p of the masked is 0 and not NaN
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    p = jax.nn.softmax(logits, axis=-1)
+    return own[:, 0] - normaliser, normaliser - (p * logits).sum(-1)
+
+  shape, tokens = targets_NxT.shape, targets_NxT.size
+  chunk = min(chunk, tokens)
+  chunks = -(-tokens // chunk)
+  pad = chunks * chunk - tokens
+  hidden = jnp.pad(hidden_NxTxD.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
+  targets = jnp.pad(targets_NxT.reshape(-1), (0, pad)).reshape(chunks, chunk)
+  if chunks == 1:
+    logp, entropy = some((hidden[0], targets[0]))
+  else:
+    logp, entropy = jax.lax.map(some, (hidden, targets))
+  return logp.reshape(-1)[:tokens].reshape(shape), entropy.reshape(-1)[:tokens].reshape(shape)

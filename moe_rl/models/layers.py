@@ -1,0 +1,50 @@
+"""Small shared layers: weights that know their logical axes, RMSNorm, SwiGLU.
+
+Axes by letter, here and in names such as x_NxTxD: B prompts, G completions of a prompt, N sequences (N = B G),
+T tokens, S cached cells, D model width, H heads, C latent width, R rotary width, Z = C + R, E experts, K picked,
+F feed-forward width, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_rl.models.config import ModelConfig
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+  """A normal(0, init_std) parameter in `param_dtype` with logical axes, cast to the compute dtype."""
+  config = module.config
+  init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+  return module.param(name, init, shape, jnp.dtype(config.param_dtype)).astype(config.compute_dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale over the last axis, in float32 whatever the compute dtype."""
+
+  eps: float
+  param_dtype: str = 'float32'
+  axis: str | None = 'norm'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale = self.param('scale', init, x.shape[-1:], jnp.dtype(self.param_dtype))
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+  """W_down(silu(W_gate x) * W_up x), no biases."""
+
+  config: ModelConfig
+  ff: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    gate = weight(self, 'gate', (width, self.ff), ('embed', 'mlp'))
+    up = weight(self, 'up', (width, self.ff), ('embed', 'mlp'))
+    down = weight(self, 'down', (self.ff, width), ('mlp', 'embed'))
+    return (nn.silu(x @ gate) * (x @ up)) @ down

@@ -1,0 +1,269 @@
+"""DeepSeekMoE: shared and routed experts, a float32 router, and expert compute that drops no token.
+
+DeepSeek-V3 (arXiv:2412.19437) eq. 12 to 20. `experts` is the one door to the routed experts; behind it are three
+forms of the same sum, chosen by shape and backend:
+  ragged  sort by expert, grouped products with `ragged_dot`: TPU and GPU.
+  rounds  batched products over a buffer of bounded capacity; what overflows goes in a further round: CPU.
+  dense   every expert on every token: a handful of tokens.
+"""
+
+import functools
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_rl.models.config import ModelConfig
+from moe_rl.models.layers import SwiGLU, weight
+
+CAPACITY_FACTOR = 1.5  # of the even share, for one round; on CPU the buffer's padding costs less than a second round
+DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
+
+
+@flax.struct.dataclass
+class RouterStats:
+  """load_E: float32, (token, pick) pairs an expert received, padding not counted; balance: float32 scalar, eq. 17."""
+
+  load_E: jax.Array
+  balance: jax.Array
+
+
+def choose(score_NxE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) -> jax.Array:
+  """int32 [N, K]: the experts picked by score + bias, within the best groups (eq. 16, node-limited routing).
+
+  A group's worth is the sum of its two best entries with a bias (V3), its best without (V2). Experts of other
+  groups are masked with -inf: with 0, as some implementations have it, a negative bias could make them win.
+  """
+  select = score_NxE if bias_E is None else score_NxE + bias_E
+  if config.kept_groups < config.groups:
+    grouped = select.reshape(-1, config.groups, config.experts // config.groups)
+    best = min(2, grouped.shape[-1]) if config.score == 'sigmoid' else 1
+    worth = jax.lax.top_k(grouped, best)[0].sum(-1)
+    kept = jax.lax.top_k(worth, config.kept_groups)[1]
+    mask = jax.nn.one_hot(kept, config.groups, dtype=bool).any(axis=1)
+    select = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(select.shape)
+  return jax.lax.top_k(select, config.top_k)[1]
+
+
+def gates(score_NxE: jax.Array, picked_NxK: jax.Array, config: ModelConfig) -> jax.Array:
+  """float32 [N, K]: weights of the picked experts from the scores without bias (eq. 13), scaled."""
+  gate = jnp.take_along_axis(score_NxE, picked_NxK, axis=-1)
+  if config.norm_top_k:
+    gate = gate / (gate.sum(-1, keepdims=True) + 1e-20)
+  return gate * config.route_scale
+
+
+def balance_loss(score_NxTxE: jax.Array, valid_NxT: jax.Array, config: ModelConfig) -> jax.Array:
+  """Sequence-wise balance loss sum_i f_i P_i, a mean over rows with a token (eq. 17 to 20), without its factor.
+
+  f counts the top K of the unbiased scores and carries no gradient. Differs from the paper in that a row of packed
+  documents counts as one sequence, as in pre-training on packed rows. Even routing gives 1.
+  """
+  valid = valid_NxT[..., None].astype(jnp.float32)
+  tokens_Nx1 = jnp.maximum(valid.sum(1), 1.0)
+  picked = jax.lax.top_k(score_NxTxE, config.top_k)[1]
+  hit_NxTxE = jax.nn.one_hot(picked, config.experts, dtype=jnp.float32).sum(2)
+  f = (hit_NxTxE * valid).sum(1) * config.experts / (config.top_k * tokens_Nx1)
+  p = (score_NxTxE / score_NxTxE.sum(-1, keepdims=True) * valid).sum(1) / tokens_Nx1
+  rows = jnp.maximum(valid_NxT.any(1).sum(), 1)
+  return (jax.lax.stop_gradient(f) * p * valid_NxT.any(1)[:, None]).sum() / rows
+
+
+def update_bias(bias_LxE: jax.Array, load_LxE: jax.Array, rate: float) -> jax.Array:
+  """b += rate * sign(mean load - load): the aux-loss-free balance, after each step on the global load."""
+  return bias_LxE + rate * jnp.sign(load_LxE.mean(-1, keepdims=True) - load_LxE)
+
+
+def move_bias(router: dict, load_LxE, rate: float) -> dict:
+  """The router collection after one balance step; the MTP module's own bias, whose load is not tracked, stays."""
+  if not rate or 'moe' not in router:
+    return router
+  flat = flax.traverse_util.flatten_dict(router)
+  key = ('moe', 'ff', 'bias')
+  flat[key] = update_bias(flat[key], load_LxE, rate)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def router_metrics(router: dict, load_LxE) -> dict:
+  """load_max: the fullest expert over the even share, 1 is perfect; bias_max: the largest selection bias."""
+  if not load_LxE.size:
+    return {}
+  out = {'load_max': (load_LxE.max(-1) / jnp.maximum(load_LxE.mean(-1), 1e-9)).max(),
+         'load_min': (load_LxE.min(-1) / jnp.maximum(load_LxE.mean(-1), 1e-9)).min()}
+  biases = jax.tree.leaves(router)
+  if biases:
+    out['bias_max'] = jnp.max(jnp.stack([jnp.abs(b).max() for b in biases]))
+  return out
+
+
+def experts(x_NxD, picked_NxK, gate_NxK, gate_ExDxF, up_ExDxF, down_ExFxD, path: str = 'auto') -> jax.Array:
+  """sum_k gate[n, k] SwiGLU_{picked[n, k]}(x[n]): [N, D]. Dropless on every path.
+
+  picked: int32 in 0..E; E marks a pair that computes nothing (padding). All paths agree to rounding.
+  """
+  if path == 'auto':
+    if jax.default_backend() != 'cpu':
+      path = 'ragged'
+    else:
+      path = 'dense' if x_NxD.shape[0] < DENSE_BELOW else 'rounds'
+  gate_NxK = gate_NxK.astype(x_NxD.dtype)
+  weights = (gate_ExDxF, up_ExDxF, down_ExFxD)
+  if path == 'dense':
+    return _dense(x_NxD, picked_NxK, gate_NxK, *weights)
+  if path == 'ragged':
+    return _ragged(x_NxD, picked_NxK, gate_NxK, *weights)
+  return _rounds(x_NxD, gate_NxK, *weights, picked_NxK)
+
+
+def _dense(x, picked, gate, w_gate, w_up, w_down):
+  gate_NxE = jnp.zeros((x.shape[0], w_gate.shape[0] + 1), x.dtype)
+  gate_NxE = gate_NxE.at[jnp.arange(x.shape[0])[:, None], picked].add(gate)[:, :-1]
+  hidden = nn.silu(jnp.einsum('nd,edf->nef', x, w_gate)) * jnp.einsum('nd,edf->nef', x, w_up)
+  return jnp.einsum('nef,efd->nd', hidden * gate_NxE[..., None], w_down)
+
+
+def _ragged(x, picked, gate, w_gate, w_up, w_down):
+  pairs, top_k = picked.size, picked.shape[1]
+  order = jnp.argsort(picked.reshape(-1), stable=True)
+  sizes = jnp.bincount(picked.reshape(-1), length=w_gate.shape[0] + 1)[:-1].astype(jnp.int32)
+  rows = x[order // top_k]
+  hidden = nn.silu(jax.lax.ragged_dot(rows, w_gate, sizes)) * jax.lax.ragged_dot(rows, w_up, sizes)
+  y = jax.lax.ragged_dot(hidden, w_down, sizes)
+  # Rows beyond the last group belong to no expert; what a backend leaves there is undefined.
+  y = jnp.where((jnp.arange(pairs) < sizes.sum())[:, None], y, 0) * gate.reshape(-1)[order][:, None]
+  back = jnp.zeros(pairs, order.dtype).at[order].set(jnp.arange(pairs, dtype=order.dtype))
+  return y[back].reshape(x.shape[0], top_k, -1).sum(1)
+
+
+def _plan(picked, num_experts):
+  """Where each (token, pick) pair sits: order by expert, first place and count of each expert, rank within it."""
+  flat = picked.reshape(-1)
+  order = jnp.argsort(flat, stable=True)
+  place = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
+  count_E = jnp.bincount(flat, length=num_experts + 1)[:-1].astype(jnp.int32)
+  first_E = jnp.cumsum(count_E) - count_E
+  rank = (place - jnp.append(first_E, count_E.sum())[flat]).reshape(picked.shape)
+  return order, first_E, count_E, rank
+
+
+def _capacity(pairs: int, num_experts: int) -> int:
+  even = -(-pairs // num_experts)
+  return min(pairs, -(-int(even * CAPACITY_FACTOR) // 8) * 8)
+
+
+def _round(plan, picked, r, capacity, num_experts):
+  """Round r's gather indices, and their inverse.
+
+  pair_ExC: which pair sits in a slot (any, where not used); used_ExC: bool; slot_NxK: where a pair sits, E * C for
+  pairs of another round.
+  """
+  order, first_E, count_E, rank_NxK = plan
+  rank_C = r * capacity + jnp.arange(capacity)
+  used_ExC = rank_C < count_E[:, None]
+  pair_ExC = order[jnp.minimum(first_E[:, None] + rank_C, picked.size - 1)]
+  here = (rank_NxK >= r * capacity) & (rank_NxK < (r + 1) * capacity) & (picked < num_experts)
+  slot_NxK = jnp.where(here, picked * capacity + rank_NxK - r * capacity, num_experts * capacity)
+  return pair_ExC, used_ExC, slot_NxK
+
+
+def _take_slots(y_ExCxD, slot_NxK):
+  """sum_k y[slot[n, k]]; the slot past the end is zero."""
+  flat = y_ExCxD.reshape(-1, y_ExCxD.shape[-1])
+  picked = flat.at[slot_NxK].get(mode='fill', fill_value=0)
+  return picked.sum(1)
+
+
+@jax.custom_vjp
+def _rounds(x, gate, w_gate, w_up, w_down, picked):
+  """Experts over buffers [E, C, D]: gathers both ways, batched products, as many rounds as the fullest expert needs.
+
+  The number of rounds depends on the data, which reverse-mode differentiation of a loop cannot follow; so the
+  backward pass is written out. It gathers where the transpose of a gather would scatter (several times faster on CPU)
+  and recomputes the hidden layer, so that nothing of size [rounds, E, C, F] is kept.
+  """
+  return _rounds_forward(x, gate, w_gate, w_up, w_down, picked)[0]
+
+
+def _rounds_forward(x, gate, w_gate, w_up, w_down, picked):
+  num_experts, top_k = w_gate.shape[0], picked.shape[1]
+  capacity = _capacity(picked.size, num_experts)
+  plan = _plan(picked, num_experts)
+
+  def body(r, y):
+    pair, used, slot = _round(plan, picked, r, capacity, num_experts)
+    rows = x[pair // top_k]
+    hidden = nn.silu(_mm(rows, w_gate)) * _mm(rows, w_up)
+    out = _mm(hidden, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
+    return y + _take_slots(out, slot)
+  rounds = -(-plan[2].max() // capacity)
+  return jax.lax.fori_loop(0, rounds, body, jnp.zeros_like(x)), (x, gate, w_gate, w_up, w_down, picked)
+
+
+def _rounds_backward(saved, dy):
+  x, gate, w_gate, w_up, w_down, picked = saved
+  num_experts, top_k = w_gate.shape[0], picked.shape[1]
+  capacity = _capacity(picked.size, num_experts)
+  plan = _plan(picked, num_experts)
+
+  def body(r, grads):
+    dx, dgate, dw_gate, dw_up, dw_down = grads
+    pair, used, slot = _round(plan, picked, r, capacity, num_experts)
+    rows, dout = x[pair // top_k], dy[pair // top_k] * used[..., None]
+    gate_slot = gate.reshape(-1)[pair][..., None]
+    a, b = _mm(rows, w_gate), _mm(rows, w_up)
+    sigmoid = nn.sigmoid(a)
+    silu = a * sigmoid
+    hidden = silu * b
+    dhidden = _mm(dout, w_down.swapaxes(1, 2))
+    dgate_slot = (dhidden * hidden).sum(-1)
+    dhidden = dhidden * gate_slot
+    da = dhidden * b * (sigmoid + silu * (1 - sigmoid))
+    db = dhidden * silu
+    drows = _mm(da, w_gate.swapaxes(1, 2)) + _mm(db, w_up.swapaxes(1, 2))
+    return (
+      dx + _take_slots(drows, slot),
+      dgate + dgate_slot.reshape(-1).at[slot].get(mode='fill', fill_value=0),
+      dw_gate + _outer(rows, da), dw_up + _outer(rows, db), dw_down + _outer(hidden * gate_slot, dout))
+  rounds = -(-plan[2].max() // capacity)
+  zeros = tuple(jnp.zeros_like(a) for a in (x, gate, w_gate, w_up, w_down))
+  return (*jax.lax.fori_loop(0, rounds, body, zeros), None)
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)
+_mm = functools.partial(jnp.einsum, 'eca,eab->ecb')
+_outer = functools.partial(jnp.einsum, 'eca,ecb->eab')
+
+
+class MoE(nn.Module):
+  """y = sum of shared experts + gated sum of the picked ones; the residual is the caller's."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_NxTxD: jax.Array, valid_NxT: jax.Array) -> tuple[jax.Array, RouterStats]:
+    """valid_NxT: bool, False on padding, which no routed expert computes and no count sees."""
+    c = self.config
+    flat = x_NxTxD.reshape(-1, c.width)
+    router_init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ('embed', 'router'))
+    router = self.param('router', router_init, (c.width, c.experts), jnp.dtype(c.param_dtype))
+    logits = jnp.dot(flat.astype(jnp.float32), router.astype(jnp.float32), precision='highest')
+    if c.score == 'sigmoid':
+      score_NxE = nn.sigmoid(logits)
+      bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('router',))
+      bias = self.variable('router', 'bias', bias_init, None, (c.experts,), jnp.float32).value
+    else:
+      score_NxE, bias = nn.softmax(logits), None
+    picked = choose(jax.lax.stop_gradient(score_NxE), bias, c)
+    gate = gates(score_NxE, picked, c)
+    picked = jnp.where(valid_NxT.reshape(-1, 1), picked, c.experts)
+
+    shape, axes = (c.experts, c.width, c.expert_ff), ('experts', 'embed', 'expert_mlp')
+    w_gate, w_up = weight(self, 'gate', shape, axes), weight(self, 'up', shape, axes)
+    w_down = weight(self, 'down', (c.experts, c.expert_ff, c.width), ('experts', 'expert_mlp', 'embed'))
+    y = experts(flat, picked, gate, w_gate, w_up, w_down, c.expert_path).reshape(x_NxTxD.shape)
+    if c.shared_experts:
+      y = y + SwiGLU(c, c.shared_experts * c.expert_ff, name='shared')(x_NxTxD)
+    load = jnp.bincount(picked.reshape(-1), length=c.experts + 1)[:-1].astype(jnp.float32)
+    score = score_NxE.reshape(*x_NxTxD.shape[:2], c.experts)
+    return y, RouterStats(load_E=load, balance=balance_loss(score, valid_NxT, c))

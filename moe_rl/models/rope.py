@@ -1,0 +1,51 @@
+"""Rotary positions, with YaRN's interpolation for contexts beyond the original one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_rl.models.config import ModelConfig, Yarn, yarn_magnitude
+
+
+def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
+  """First and last pair of the ramp: below `low` frequencies stay, from `high` on they are divided.
+
+  d(r) = dim ln(original / (2 pi r)) / (2 ln theta) is the pair that turns r times over the original
+  context. dim 64, theta 1e4, original 4096, 32/1 gives (10, 23), DeepSeek-V3's.
+  """
+  def pair(turns):
+    return dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+  low, high = math.floor(pair(yarn.beta_fast)), math.ceil(pair(yarn.beta_slow))
+  return max(low, 0), min(high, dim - 1)
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+  """float32 [R/2], radians a token; a numpy constant, so that it folds into the program."""
+  dim = config.rope_dim
+  frequency = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+  if config.yarn is not None:
+    low, high = yarn_range(dim, config.rope_theta, config.yarn)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    frequency = frequency / config.yarn.factor * ramp + frequency * (1 - ramp)
+  return frequency.astype(np.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+  """Turns pairs (i, i + R/2) of the last axis by position * frequency_i.
+
+  x: [..., *heads, R] with positions' axes leading; positions: int32, tokens. Computed in float32 and
+  returned in x's dtype. The half-split layout is the interleaved one of the released checkpoints with the
+  weights' rows permuted, which changes no score as long as queries and keys are permuted alike.
+  """
+  angle = positions[..., None].astype(jnp.float32) * frequencies(config)
+  angle = angle.reshape(positions.shape + (1,) * (x.ndim - positions.ndim - 1) + angle.shape[-1:])
+  magnitude = 1.0
+  if config.yarn is not None:
+    yarn = config.yarn
+    magnitude = yarn_magnitude(yarn.factor, yarn.mscale) / yarn_magnitude(yarn.factor, yarn.mscale_all_dim)
+  cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)

@@ -1,0 +1,179 @@
+"""The Transformer: one module for training, scoring, prefill and decode (DeepSeek-V3, arXiv:2412.19437, sec. 2)."""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_rl.models.attention import MLA, LatentCache
+from moe_rl.models.config import ModelConfig
+from moe_rl.models.layers import RMSNorm, SwiGLU, weight
+from moe_rl.models.moe import MoE, RouterStats
+
+
+@flax.struct.dataclass
+class Output:
+  """hidden_NxTxD: after the last layer, before the final norm; cells_LxNxTxZ: what a cache of the sequence holds
+  (None unless asked for); router: stats with a leading axis over MoE layers (None without any)."""
+
+  hidden_NxTxD: jax.Array
+  cells_LxNxTxZ: jax.Array | None
+  router: RouterStats | None
+
+
+class Block(nn.Module):
+  """Pre-norm attention and feed-forward, in the form that scan over layers takes: x in, (x, per-layer outputs) out."""
+
+  config: ModelConfig
+  moe: bool
+
+  def setup(self):
+    c = self.config
+    self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.attention = MLA(c)
+    self.ff_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.ff = MoE(c) if self.moe else SwiGLU(c, c.dense_ff)
+
+  def __call__(self, x, positions, segments, with_cells):
+    attended, cells = self.attention(self.attention_norm(x), positions, segments)
+    x, stats = self.feed_forward(x + attended, segments > 0)
+    return x, (cells if with_cells else None, stats)
+
+  def decode(self, x, cells, positions, prompt_length, own_length):
+    prompt, own = cells
+    attended, cell = self.attention.decode(
+      self.attention_norm(x), positions, prompt, own, prompt_length, own_length)
+    x, _ = self.feed_forward(x + attended, jnp.ones(x.shape[:2], bool))
+    return x, cell
+
+  def feed_forward(self, x, valid):
+    normed = self.ff_norm(x)
+    y, stats = self.ff(normed, valid) if self.moe else (self.ff(normed), None)
+    return x + y, stats
+
+
+def stack(config: ModelConfig, moe: bool, layers: int, name: str) -> nn.Module:
+  """`layers` blocks whose weights have a leading layer axis; one block is compiled whatever the depth."""
+  block = Block
+  if config.remat != 'none':
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+    block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
+  shared = dict(variable_axes={'params': 0, 'router': 0}, split_rngs={'params': True}, length=layers,
+                metadata_params={nn.PARTITION_NAME: 'layers'})
+  return nn.scan(block, methods={
+    '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),
+    'decode': dict(in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), **shared),
+  })(config, moe, name=name)
+
+
+class Transformer(nn.Module):
+  """Variables: `params` (trained) and `router` (the selection bias, moved by load and never by gradient)."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embed = weight(self, 'embed', (c.vocab_size, c.width), ('vocab', 'embed'))
+    if c.dense_layers:
+      self.dense = stack(c, False, c.dense_layers, 'dense')
+    if c.moe_layers:
+      self.moe = stack(c, True, c.moe_layers, 'moe')
+    self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.unembed = weight(self, 'unembed', (c.width, c.vocab_size), ('embed', 'vocab'))
+    if c.mtp_layers:
+      self.mtp = MTP(c)
+
+  def __call__(self, ids_NxT, positions_NxT, segments_NxT, with_cells: bool = False) -> Output:
+    """ids, positions, segments: int32 [N, T]; segment 0 is padding, others attend within themselves only.
+
+    Positions count from 0 in each segment.
+    """
+    c, x = self.config, self.embed[ids_NxT]
+    cells, router = [], None
+    if c.dense_layers:
+      x, (dense_cells, _) = self.dense(x, positions_NxT, segments_NxT, with_cells)
+      cells.append(dense_cells)
+    if c.moe_layers:
+      x, (moe_cells, router) = self.moe(x, positions_NxT, segments_NxT, with_cells)
+      cells.append(moe_cells)
+    return Output(x, jnp.concatenate(cells) if with_cells else None, router)
+
+  def decode(self, ids_BxG, cache: LatentCache) -> tuple[jax.Array, LatentCache]:
+    """One token of each completion, through absorbed attention. Returns hidden [B, G, D] and the longer cache.
+
+    The caller keeps own_length below the number of own cells.
+    """
+    c, x = self.config, self.embed[ids_BxG]
+    positions = jnp.broadcast_to((cache.prompt_length_B + cache.own_length)[:, None], ids_BxG.shape)
+    prompt, own, cells = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ, []
+    for layers, run in ((slice(0, c.dense_layers), 'dense'), (slice(c.dense_layers, c.layers), 'moe')):
+      if layers.start < layers.stop:
+        x, cell = getattr(self, run).decode(
+          x, (prompt[layers], own[layers]), positions, cache.prompt_length_B, cache.own_length)
+        cells.append(cell)
+    own = jax.lax.dynamic_update_slice_in_dim(
+      own, jnp.concatenate(cells)[:, :, :, None], cache.own_length, axis=3)
+    return x, cache.replace(own_LxBxGxSxZ=own, own_length=cache.own_length + 1)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V]."""
+    return jnp.dot(self.final_norm(hidden), self.unembed, preferred_element_type=jnp.float32)
+
+  def second_hidden(self, hidden_NxTxD, ids_NxT, positions_NxT, segments_NxT) -> jax.Array:
+    """Multi-token prediction, depth 1 (eq. 21, 22): hidden [N, T, D] at i, for `second_logits` of token i + 2.
+
+    hidden: `Output.hidden_NxTxD` of the same ids. The last two positions of a segment predict nothing real.
+    """
+    following = jnp.pad(ids_NxT[:, 1:], ((0, 0), (0, 1)))
+    return self.mtp(hidden_NxTxD, self.embed[following], positions_NxT, segments_NxT)
+
+  def second_logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] of `second_hidden` -> float32 [..., V], through the shared head (eq. 23)."""
+    return jnp.dot(self.mtp.final_norm(hidden), self.unembed, preferred_element_type=jnp.float32)
+
+  def everything(self, ids_NxT, positions_NxT, segments_NxT):
+    """Touches every weight; for `init`."""
+    hidden = self(ids_NxT, positions_NxT, segments_NxT).hidden_NxTxD
+    if self.config.mtp_layers:
+      self.second_logits(self.second_hidden(hidden, ids_NxT, positions_NxT, segments_NxT))
+    return self.logits(hidden)
+
+
+class MTP(nn.Module):
+  """One further MoE block over [norm(embedding of the next token); norm(hidden)], sharing embedding and head.
+
+  Embedding first, as the released weights have it; the printed eq. 21 has the hidden state first.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embed_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.hidden_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.project = weight(self, 'project', (2 * c.width, c.width), ('mlp', 'embed'))
+    self.block = Block(c, moe=True)
+    self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
+
+  def __call__(self, hidden, following, positions, segments):
+    x = jnp.concatenate([self.embed_norm(following), self.hidden_norm(hidden)], axis=-1) @ self.project
+    return self.block(x, positions, segments, False)[0]
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict:
+  """Fresh variables, boxed with their logical axes: {'params': …, 'router': …}. Jit it with `out_shardings`, or
+  take `jax.eval_shape` of it, so that big weights never exist whole on one device."""
+  ids = jnp.zeros((1, 8), jnp.int32)
+  model = Transformer(config)
+  return dict(model.init(key, ids, ids, ids + 1, method=model.everything))
+
+
+def parameter_count(config: ModelConfig, mtp: bool = False) -> int:
+  """Weights of the main model, the router's selection bias included (it is in the released files); `mtp` adds the
+  prediction module's own."""
+  shapes = nn.unbox(jax.eval_shape(lambda key: init(config, key), jax.random.key(0)))
+  if not mtp:
+    shapes = jax.tree.map(lambda x: x, shapes)
+    for part in shapes.values():
+      part.pop('mtp', None)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,67 @@
+"""From rollouts to packed rows: several samples a row, isolated by segments, so that little of an update is padding."""
+
+import flax
+import jax
+import numpy as np
+
+from moe_rl.rl.sampler import Rollout
+
+
+@flax.struct.dataclass
+class PackedBatch:
+  """M microbatches of R rows of T tokens, [M, R, T] each. Values at t belong to the token at t as a prediction.
+
+  ids, positions, segments: int32 as the model takes them, segment 0 is padding; weight: float32, the token's share in
+  the step's mean, 0 on prompts and padding; advantage: float32; logp: float32, nats, under the weights that sampled.
+  """
+
+  ids: jax.Array
+  positions: jax.Array
+  segments: jax.Array
+  weight: jax.Array
+  advantage: jax.Array
+  logp: jax.Array
+
+
+def pack(rollout: Rollout, advantage_BxG, weight_BxG, *, row_tokens: int, microbatch_rows: int):
+  """(PackedBatch, microbatches in use): every sample whole, longest first, into the first row with room.
+
+  rollout: of numpy arrays; weight_BxG: a token's weight by sample. M is that of one sample a row, so shapes depend
+  on B and G only; microbatches past those in use are empty. Raises ValueError if a sample is longer than a row.
+  """
+  batch, group = rollout.length_BxG.shape
+  lengths = (rollout.prompt_length_B[:, None] + rollout.length_BxG).reshape(-1)
+  if lengths.max() > row_tokens:
+    raise ValueError(f'a sample of {lengths.max()} tokens does not fit a row of {row_tokens}: raise rl.row_tokens')
+  row_of, start_of, rows = place(lengths, row_tokens)
+  microbatches = -(-batch * group // microbatch_rows)
+  shape = (microbatches * microbatch_rows, row_tokens)
+  out = {name: np.zeros(shape, np.int32) for name in ('ids', 'positions', 'segments')}
+  out |= {name: np.zeros(shape, np.float32) for name in ('weight', 'advantage', 'logp')}
+  segment = np.zeros(shape[0], np.int32)
+  for n, (row, start) in enumerate(zip(row_of, start_of, strict=True)):
+    b, g = divmod(n, group)
+    p, r = rollout.prompt_length_B[b], rollout.length_BxG[b, g]
+    segment[row] += 1
+    whole, answer = slice(start, start + p + r), slice(start + p, start + p + r)
+    out['ids'][row, start:start + p] = rollout.prompt_BxP[b, :p]
+    out['ids'][row, answer] = rollout.response_BxGxS[b, g, :r]
+    out['positions'][row, whole] = np.arange(p + r)
+    out['segments'][row, whole] = segment[row]
+    out['weight'][row, answer] = weight_BxG[b, g]
+    out['advantage'][row, answer] = advantage_BxG[b, g]
+    out['logp'][row, answer] = rollout.logp_BxGxS[b, g, :r]
+  packed = {k: v.reshape(microbatches, microbatch_rows, row_tokens) for k, v in out.items()}
+  return PackedBatch(**packed), -(-rows // microbatch_rows)
+
+
+def place(lengths: np.ndarray, capacity: int) -> tuple[list[int], list[int], int]:
+  """First-fit decreasing: (row of each sample, its start in the row, rows used). Ties keep their order."""
+  row_of, start_of, used = [0] * len(lengths), [0] * len(lengths), []
+  for n in np.argsort(-lengths, kind='stable'):
+    row = next((i for i, u in enumerate(used) if u + lengths[n] <= capacity), len(used))
+    if row == len(used):
+      used.append(0)
+    row_of[n], start_of[n] = row, used[row]
+    used[row] += int(lengths[n])
+  return row_of, start_of, len(used)

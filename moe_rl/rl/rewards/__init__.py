@@ -1,0 +1,1 @@
+"""Rule-based rewards, graded in worker processes that can be killed."""

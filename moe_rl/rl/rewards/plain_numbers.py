@@ -1,0 +1,115 @@
+r"""Reads one plain number out of an answer, exactly: `18`, `$1,450.50`, `\frac{3}{4}`, `50%`, `18 dollars`.
+
+Most answers to word problems are plain numbers. Reading them here costs microseconds instead of the 20
+milliseconds of math-verify, and compares exactly. What is not surely one number is None, and left to
+math-verify. All functions take linear time and raise nothing.
+"""
+
+import fractions
+import re
+from typing import NamedTuple
+
+# Longest text that is tried as one plain number; also far from int()'s limit of 4,300 digits.
+_MAX_NUMBER_CHARS = 200
+
+
+class Number(NamedTuple):
+  """A number as written and what a % or 'dozen' after it may mean: `50%` is value 50, scale 1/100."""
+  value: fractions.Fraction
+  scale: fractions.Fraction
+
+  def same(self, other: 'Number') -> bool:
+    """Exact. A sign such as % may be left out: 50% is 50 (asked in percent) and 0.5, but 50% is not 0.5%."""
+    if self.value == other.value:
+      return True
+    return self.scale != other.scale and self.value * self.scale == other.value * other.scale
+
+
+INTEGER = re.compile(r'([+-]?)(\d{1,3}(?:,\d{3})+|\d+)', re.ASCII)
+_PLAIN = re.compile(
+    r'(?P<sign>[+-]?) ?\$? ?(?P<inner>[+-]?) ?'
+    r'(?:\\frac ?\{ ?(?P<num>\d+) ?\} ?\{ ?(?P<den>\d+) ?\}'
+    r'|(?P<whole>\d{1,3}(?:,\d{3})+|\d+) ?/ ?(?P<under>\d+)'
+    r'|(?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+))'
+    r'(?P<tail>(?: ?%| .*)?)', re.ASCII)
+_UNIT = re.compile(r'[A-Za-z]{2,}(?:[ /-][A-Za-z]{2,}){0,5}(?: ?\^ ?\{?[23]\}?)?')
+_MAYBE_SCALES = {'percent': fractions.Fraction(1, 100), 'dozen': fractions.Fraction(12)}
+_SCALES = {'hundred': 10**2, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
+# After a number these words make another number of it, so they are no units.
+NOT_UNITS = frozenset(
+    word for line in (
+        'and or to not plus minus times over divided mod pi tau sqrt root power squared cubed factorial',
+        'point half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth',
+        'eighths ninth ninths tenth tenths hundredth hundredths sin cos tan log ln exp infinity',
+    ) for word in line.split()).union(_SCALES)
+
+_WRAPPED = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'))
+_SPELLINGS = (
+    ('\u2212', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ','), ('\\!', ''), ('\\,', ' '), ('\\;', ' '),
+    ('\\ ', ' '), ('~', ' '), ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'), ('\\left', ''), ('\\right', ''),
+)
+TEXT_MACRO = re.compile(r'\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}')
+
+
+def unbox(text: str) -> str:
+  r"""Content of the only `\boxed{…}`; the text itself if there is none, more than one, or an open brace."""
+  head, box, rest = text.partition('\\boxed{')
+  if not box or '\\boxed{' in rest:
+    return text
+  depth = 1
+  for i, char in enumerate(rest):
+    depth += (char == '{') - (char == '}')
+    if depth == 0:
+      return rest[:i].strip()
+  return text
+
+
+def tidy(text: str) -> str:
+  r"""One spelling for what means the same: math delimiters, spaces, `\text{}`, `\dfrac`, a last full stop."""
+  text = TEXT_MACRO.sub(r' \1 ', text)
+  for old, new in _SPELLINGS:
+    text = text.replace(old, new)
+  text = ' '.join(text.split()).removesuffix('.').rstrip()
+  for left, right in _WRAPPED:
+    inner = text[len(left):len(text) - len(right)]
+    if inner and text.startswith(left) and text.endswith(right) and left not in inner:
+      text = inner.strip().removesuffix('.').rstrip()
+  return text
+
+
+def _magnitude(match: re.Match) -> fractions.Fraction | None:
+  """The matched number without its sign; None for a zero denominator."""
+  top, bottom = match['num'] or match['whole'], match['den'] or match['under']
+  if top is None:
+    return fractions.Fraction(match['decimal'].replace(',', '').removesuffix('.'))
+  if int(bottom) == 0:
+    return None
+  return fractions.Fraction(int(top.replace(',', '')), int(bottom))
+
+
+def _read_tail(tail: str) -> tuple[int, fractions.Fraction] | None:
+  """What follows a number, as (certain factor, possible scale); None when it is no unit."""
+  if tail in ('', '%'):
+    return 1, fractions.Fraction(1, 100 if tail else 1)
+  if not _UNIT.fullmatch(tail):
+    return None
+  words = re.findall('[A-Za-z]+', tail.lower())
+  if NOT_UNITS.intersection(words[1:]) or words[0] in NOT_UNITS.difference(_SCALES):
+    return None
+  return _SCALES.get(words[0], 1), _MAYBE_SCALES.get(words[0], fractions.Fraction(1))
+
+
+def read(text: str, units: bool) -> Number | None:
+  r"""Reads `18`, `-1,450.5`, `$3`, `3/4`, `\frac{3}{4}`, `50%`; with `units` also `18 eggs`; else None."""
+  if len(text) > _MAX_NUMBER_CHARS:
+    return None
+  match = _PLAIN.fullmatch(tidy(text))
+  if match is None or (match['sign'] and match['inner']):
+    return None
+  tail = match['tail'].strip()
+  meaning = _read_tail(tail) if units or tail in ('', '%') else None
+  magnitude = _magnitude(match)
+  if meaning is None or magnitude is None:
+    return None
+  factor, scale = meaning
+  return Number(magnitude * (-factor if '-' in (match['sign'], match['inner']) else factor), scale)

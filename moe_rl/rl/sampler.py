@@ -1,0 +1,97 @@
+"""Sampling: one prefill a prompt, then absorbed decode of all its completions together, in one jitted program."""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from moe_rl.models.attention import LatentCache
+from moe_rl.models.config import ModelConfig
+from moe_rl.models.heads import distribution
+from moe_rl.models.transformer import Transformer
+
+
+@flax.struct.dataclass
+class Rollout:
+  """What was sampled, by token id. Text is for rewards and people only.
+
+  prompt_BxP: int32, right-padded; prompt_length_B: int32; response_BxGxS: int32, 0 after the end, the end-of-text id
+  included; logp_BxGxS: float32, nats, log-prob of each id under the (tempered, truncated, renormalised) distribution
+  that it was drawn from, 0 after the end; length_BxG: int32, tokens of the response; stopped_BxG: bool, it ended by
+  itself (False: cut at S tokens); problem_B: int32, the ids that addressed the randomness.
+  """
+
+  prompt_BxP: jax.Array
+  prompt_length_B: jax.Array
+  response_BxGxS: jax.Array
+  logp_BxGxS: jax.Array
+  length_BxG: jax.Array
+  stopped_BxG: jax.Array
+  problem_B: jax.Array
+
+
+def row_keys(key: jax.Array, problem_B: jax.Array, group: int) -> jax.Array:
+  """Keys [B, G] by (problem id, sample id), whatever the row a problem sits in."""
+  def one(problem, sample):
+    return jax.random.fold_in(jax.random.fold_in(key, problem), sample)
+  return jax.vmap(lambda p: jax.vmap(lambda g: one(p, g))(jnp.arange(group)))(problem_B)
+
+
+def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
+  """(token int32 [B, G], its log-prob): inverse CDF of one uniform number a row, addressed by position."""
+  uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position))))(key_BxG)
+  cdf = jnp.cumsum(jnp.exp(logp_BxGxV), axis=-1)
+  token = (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1).astype(jnp.int32)
+  return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
+
+
+def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+  """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
+
+  key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
+  rows have ended.
+  """
+  net = Transformer(model)
+
+  def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
+    batch, length = prompt_BxP.shape
+    keys = row_keys(key, problem_B, group)
+
+    def choose(position, hidden):
+      logits = net.apply(variables, hidden, method=net.logits)
+      logp = distribution(logits, temperature, top_k, top_p)
+      return draw(keys, position, jnp.broadcast_to(logp, (batch, group, logp.shape[-1])))
+
+    with jax.named_scope('prefill'):
+      positions = jnp.broadcast_to(jnp.arange(length), prompt_BxP.shape)
+      segments = (positions < prompt_length_B[:, None]).astype(jnp.int32)
+      out = net.apply(variables, prompt_BxP, positions, segments, with_cells=True)
+      last = jnp.take_along_axis(out.hidden_NxTxD, (prompt_length_B - 1)[:, None, None], axis=1)
+      own = jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype)
+      cache = LatentCache(out.cells_LxNxTxZ, own, prompt_length_B, jnp.zeros((), jnp.int32))
+      token, logp = choose(0, last)
+
+    response = jnp.zeros((batch, group, max_new), jnp.int32).at[:, :, 0].set(token)
+    logps = jnp.zeros((batch, group, max_new), jnp.float32).at[:, :, 0].set(logp)
+
+    def going_on(carry):
+      t, _, stopped, *_ = carry
+      return (t < max_new) & ~stopped.all()
+
+    def step(carry):
+      t, token, stopped, cache, response, logps = carry
+      hidden, cache = net.apply(variables, token, cache, method=net.decode)
+      token, logp = choose(t, hidden)
+      token, logp = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logp)
+      response = jax.lax.dynamic_update_slice_in_dim(response, token[..., None], t, axis=2)
+      logps = jax.lax.dynamic_update_slice_in_dim(logps, logp[..., None], t, axis=2)
+      return t + 1, token, stopped | (token == eos_id), cache, response, logps
+
+    with jax.named_scope('decode'):
+      carry = (jnp.ones((), jnp.int32), token, token == eos_id, cache, response, logps)
+      _, _, stopped, _, response, logps = jax.lax.while_loop(going_on, step, carry)
+    ended = response == eos_id
+    length_BxG = jnp.where(stopped, jnp.argmax(ended, axis=-1) + 1, max_new).astype(jnp.int32)
+    return Rollout(prompt_BxP, prompt_length_B, response, logps, length_BxG, stopped, problem_B)
+
+  return sample

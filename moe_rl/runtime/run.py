@@ -1,0 +1,185 @@
+"""A run's folder: config, Orbax checkpoints, metrics.jsonl, TensorBoard, summary.json, and the way back into it."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorboardX
+
+# Keys that may differ between the run that made a folder and the one that goes on in it.
+FREE_KEYS = ('checkpoint.', 'log.', 'rewards.workers', 'rewards.timeout_s', 'rewards.memory_mb', 'mesh.', 'eval.every')
+
+
+class Run:
+  """One workdir. Only process 0 writes what is not a checkpoint.
+
+  Layout: config.json, checkpoints/, metrics.jsonl (a line a step), evaluations.jsonl, TensorBoard event files,
+  summary.json at the end.
+  """
+
+  def __init__(self, config, workdir: str | os.PathLike):
+    self.path = pathlib.Path(workdir).absolute()
+    self.main = jax.process_index() == 0
+    self._claim(config)
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
+    self._writer, self._metrics = None, None
+    self.stop_requested = False
+
+  def _claim(self, config):
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      probe = self.path / '.writable'
+      probe.write_text('')
+      probe.unlink(missing_ok=True)
+    except OSError as e:
+      raise ValueError(f'--workdir {self.path}: cannot be written ({e.strerror}): choose another folder') from e
+    ours, kept = json.loads(config.to_json_best_effort()), self.path / 'config.json'
+    if kept.exists():
+      different = compare(json.loads(kept.read_text()), ours)
+      if different:
+        raise ValueError(f'--workdir {self.path} belongs to another config: {"; ".join(different[:5])}. '
+                         'Use another workdir, or the same values to go on with that run')
+    elif self.main:
+      kept.write_text(json.dumps(ours, indent=1))
+
+  def restore(self, abstract_state) -> tuple[int, object, dict] | None:
+    """(step, state, host record) of the newest checkpoint, or None. Later lines of metrics.jsonl are taken back."""
+    step = self._manager.latest_step()
+    if step is None:
+      self._open(0)
+      return None
+    got = self._manager.restore(step, args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract_state), host=ocp.args.JsonRestore()))
+    self._open(step)
+    return step, got['state'], got['host']
+
+  def _open(self, step: int):
+    if not self.main:
+      return
+    for path in (self.path / 'metrics.jsonl', self.path / 'evaluations.jsonl'):
+      lines = path.read_text().splitlines() if path.exists() else []
+      kept = [line for line in lines if _step_of(line) <= step] if step else []
+      path.write_text(''.join(line + '\n' for line in kept))
+    self._metrics = (self.path / 'metrics.jsonl').open('a', buffering=1)
+    self._writer = tensorboardX.SummaryWriter(str(self.path), purge_step=step + 1 if step else None, flush_secs=10)
+
+  def save(self, step: int, state, host: dict):
+    """Starts writing a checkpoint; returns once the device arrays are copied. Waits for the one before."""
+    self._manager.save(step, args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
+
+  def log(self, step: int, numbers: dict, seconds: dict):
+    """Numbers to metrics.jsonl and TensorBoard; `seconds` (clocks, rates) apart, as they differ between equal runs."""
+    if not self.main:
+      return
+    numbers = {k: _number(v) for k, v in numbers.items()}
+    seconds = {k: _number(v) for k, v in seconds.items()}
+    self._metrics.write(json.dumps({'step': step, **numbers, 'time': seconds}) + '\n')
+    for k, v in (*numbers.items(), *seconds.items()):
+      self._writer.add_scalar(k if '/' in k else f'train/{k}', v, step)
+
+  def log_evaluation(self, step: int, record: dict):
+    """A held-out evaluation's numbers to evaluations.jsonl and TensorBoard."""
+    if self.main:
+      with (self.path / 'evaluations.jsonl').open('a') as f:
+        f.write(json.dumps({'step': step, **record}) + '\n')
+      for k in ('pass@1', 'mean_tokens', 'format', 'truncated'):
+        self._writer.add_scalar(f'eval/{k}', record[k], step)
+
+  def histogram(self, step: int, name: str, values):
+    if self.main:
+      self._writer.add_histogram(name, np.asarray(values), step)
+
+  def text(self, step: int, name: str, text: str):
+    if self.main:
+      self._writer.add_text(name, text, step)
+
+  def summary(self, record: dict):
+    """summary.json, by a temporary file and a rename."""
+    if self.main:
+      temporary = self.path / 'summary.json.partial'
+      temporary.write_text(json.dumps(record, indent=1) + '\n')
+      temporary.replace(self.path / 'summary.json')
+
+  def close(self):
+    self._manager.wait_until_finished()
+    self._manager.close()
+    if self._writer:
+      self._writer.close()
+      self._metrics.close()
+
+  def catch_signals(self):
+    """SIGTERM (a preempted TPU) and SIGINT ask the loop to save and stop; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+      return
+
+    def handler(number, _):
+      self.stop_requested = True
+      signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, handler)
+
+
+class CompileCounter:
+  """Counts XLA compilations from its making on; the loop logs it, since a growing count is a shape that changes."""
+
+  def __init__(self):
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, duration: float, **_):
+    if event.endswith('backend_compile_duration'):
+      self.count += 1
+
+
+class Clock:
+  """Wall seconds by part of a step: `with clock('rollout'): …`; `clock.take()` gives them and starts anew."""
+
+  def __init__(self):
+    self._spent, self._name, self._start = {}, None, None
+
+  def __call__(self, name: str):
+    self._name = name
+    return self
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *_):
+    self._spent[self._name] = self._spent.get(self._name, 0.0) + time.perf_counter() - self._start
+
+  def take(self) -> dict[str, float]:
+    spent, self._spent = self._spent, {}
+    return {f'seconds/{k}': v for k, v in spent.items()}
+
+
+def compare(old: dict, new: dict, prefix: str = '') -> list[str]:
+  """What differs between two configs, a phrase each, but for the keys that may."""
+  out = []
+  for key in sorted(old.keys() | new.keys()):
+    name = prefix + key
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += compare(a, b, name + '.')
+    elif a != b and not name.startswith(FREE_KEYS):
+      out.append(f'config.{name} was {a!r}, is {b!r}')
+  return out
+
+
+def _number(value) -> float | int:
+  value = np.asarray(value).item()
+  return value if isinstance(value, int) else float(value)
+
+
+def _step_of(line: str) -> int:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):  # the last line of a killed run may be cut
+    return np.iinfo(np.int64).max

@@ -1,0 +1,207 @@
+"""RL with rule-based rewards: R1-Zero, and the reasoning stage of R1. One step, in order:
+
+prompts -> sample -> grade -> advantages -> pack -> update -> log, evaluate, save.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from moe_rl import config as configs
+from moe_rl.data.pipeline import batches
+from moe_rl.data.prompts import load_prompts
+from moe_rl.data.tokenizer import load_tokenizer
+from moe_rl.models.weights import load_weights
+from moe_rl.rl import grpo
+from moe_rl.rl.batch import PackedBatch, pack
+from moe_rl.rl.rewards.pool import Item, RewardPool, count_verdicts
+from moe_rl.rl.sampler import Rollout, make_sampler
+from moe_rl.rl.update import make_grpo_update
+from moe_rl.runtime import mesh as meshes
+from moe_rl.runtime.keys import key_for
+from moe_rl.runtime.programs import Program
+from moe_rl.runtime.run import Clock, CompileCounter, Run
+from moe_rl.runtime.state import abstract_state, born, make_optimizer, with_weights
+from moe_rl.stages.evaluate import Evaluation, evaluate
+
+
+class RL:
+  """The stage's pieces, made once: model, optimizer, data, jitted sampler, evaluator and update."""
+
+  def __init__(self, config, mesh):
+    self.config, self.mesh = config, mesh
+    r, s, e = config.rl, config.sampling, config.eval
+    self.model = dataclasses.replace(configs.model_config(config), mtp_layers=0)  # it plays no part in RL
+    self.tokenizer = load_tokenizer(config.tokenizer)
+    self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
+    self.abstract, self.shardings = abstract_state(self.model, self.optimizer, mesh, reference=r.kl_weight > 0)
+    self.variables_shardings = {'params': self.shardings.params, 'router': self.shardings.router}
+    by_row, whole = meshes.rows(mesh), meshes.everywhere(mesh)
+    self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+
+    def jit_sampler(**kwargs):
+      sample = make_sampler(self.model, max_new=s.max_new_tokens, eos_id=self.tokenizer.eos_id, **kwargs)
+      return jax.jit(sample, in_shardings=(self.variables_shardings, by_row, by_row, by_row, whole),
+                     out_shardings=by_row)
+    self.sample = jit_sampler(group=r.group_size, **self.sampling)
+    self.sample_eval = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
+    self.eval_prompts = configs.eval_prompts_per_batch(config)
+    self.update = jax.jit(
+      make_grpo_update(self.model, self.optimizer, r, self.sampling), donate_argnums=0,
+      in_shardings=(self.shardings, meshes.rows(mesh, leading=1), whole), out_shardings=(self.shardings, whole))
+
+  def programs(self) -> list[Program]:
+    r, s = self.config.rl, self.config.sampling
+    variables = {'params': self.abstract.params, 'router': self.abstract.router}
+
+    def array(shape, dtype, leading=0):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.rows(self.mesh, leading))
+
+    def sampler_arguments(prompts):
+      return (variables, array((prompts, s.max_prompt_tokens), jnp.int32), array((prompts,), jnp.int32),
+              array((prompts,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0)))
+    samples = r.prompts_per_step // r.minibatches * r.group_size
+    shape = (-(-samples // r.microbatch_rows), r.microbatch_rows, r.row_tokens)
+    ints, floats = (array(shape, d, leading=1) for d in (jnp.int32, jnp.float32))
+    return [
+      Program('rollout', self.sample, sampler_arguments(r.prompts_per_step)),
+      Program('evaluation', self.sample_eval, sampler_arguments(self.eval_prompts)),
+      Program('GRPO update', self.update, (
+        self.abstract, PackedBatch(ints, ints, ints, floats, floats, floats), jax.ShapeDtypeStruct((), jnp.int32)))]
+
+  def initial_state(self):
+    state = born(self.model, self.optimizer, self.mesh, self.config.seed, reference=self.config.rl.kl_weight > 0)
+    if not self.config.init_from:
+      return state
+    variables, _ = load_weights(self.config.init_from)
+    for part in variables.values():
+      part.pop('mtp', None)
+    return with_weights(state, variables)
+
+
+def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> tuple[Rollout, list[list[str]]]:
+  """Samples for a list of `Prompt`; the rollout as numpy arrays and the responses' texts by prompt."""
+  ids = np.zeros((len(prompts), width), np.int32)
+  for row, prompt in zip(ids, prompts, strict=True):
+    row[:len(prompt.ids)] = prompt.ids
+  lengths = np.array([len(p.ids) for p in prompts], np.int32)
+  addresses = np.array([p.problem.id for p in prompts], np.int32)
+  rollout = jax.device_get(run_sampler(state.variables, ids, lengths, addresses, key))
+  texts = [[tokenizer.decode(r[:n]) for r, n in zip(rs, ns, strict=True)]
+           for rs, ns in zip(rollout.response_BxGxS, rollout.length_BxG, strict=True)]
+  return rollout, texts
+
+
+def grade(pool: RewardPool, prompts, texts):
+  """Grades in order, prompts outer, samples inner."""
+  return pool.grade([Item(p.problem.kind, t, p.problem.reference) for p, ts in zip(prompts, texts, strict=True) for t in ts])
+
+
+def run(config, workdir, mesh) -> dict:
+  """Trains to config.rl.steps from wherever the workdir is, and returns (and writes) the summary."""
+  r, s = config.rl, config.sampling
+  prompts = load_prompts(config, load_tokenizer(config.tokenizer))
+  stage = RL(config, mesh)
+  data = batches(prompts.train, r.prompts_per_step, shuffle_seed=config.seed if prompts.finite else None, as_list=True)
+  folder = Run(config, workdir)
+  folder.catch_signals()
+  restored = folder.restore(stage.abstract)
+  if restored:
+    step, state, host = restored
+    data.set_state(host['data'])
+    print(f'resumed at step {step}', flush=True)
+  else:
+    step, state = 0, stage.initial_state()
+    host = {'first': None, 'last': None, 'verdicts': {}, 'samples': 0, 'sampler_trainer_gap': 0.0, 'seconds': 0.0}
+  print('\n'.join(prompts.notes), flush=True)
+  started, spent, clock, compiles = time.time(), host['seconds'], Clock(), CompileCounter()
+  bar = tqdm.tqdm(total=r.steps, initial=step, unit='step', disable=not folder.main, mininterval=1)
+
+  with RewardPool(config.rewards.workers, config.rewards.timeout_s, config.rewards.memory_mb) as pool:
+    def assess(step) -> Evaluation:
+      with clock('eval'):
+        result = evaluate(
+          functools.partial(sample_prompts, stage.sample_eval, state, stage.tokenizer, width=s.max_prompt_tokens,
+                            key=key_for(config.seed, 'eval', step)),
+          functools.partial(grade, pool), prompts.held_out, stage.eval_prompts)
+      folder.log_evaluation(step, result.record())
+      bar.write(f'step {step}: held-out {result}')
+      return result
+
+    if not host['first']:
+      host['first'] = host['last'] = {'step': step, **assess(step).record()}
+    while step < r.steps and not folder.stop_requested:
+      batch = next(data)
+      with clock('rollout'):
+        rollout, texts = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens,
+                                        key_for(config.seed, 'rollout', step))
+      with clock('reward'):
+        grades = grade(pool, batch, texts)
+      shape = rollout.length_BxG.shape
+      accuracy = np.array([g.accuracy for g in grades], np.float32).reshape(shape)
+      form = np.array([g.format for g in grades], np.float32).reshape(shape)
+      reward = config.rewards.accuracy_weight * accuracy + config.rewards.format_weight * form
+      advantage = grpo.group_advantage(reward, scale_by_std=r.scale_by_std)
+
+      with clock('update'):
+        for part in list(np.split(np.arange(shape[0]), r.minibatches)) * r.epochs:
+          share = jax.tree.map(lambda x, part=part: x[part], rollout)
+          weight = grpo.token_weights(share.length_BxG.reshape(-1), r.loss_denominator, s.max_new_tokens)
+          packed, microbatches = pack(share, advantage[part], weight.reshape(share.length_BxG.shape),
+                                      row_tokens=r.row_tokens, microbatch_rows=r.microbatch_rows)
+          state, metrics = stage.update(state, packed, np.int32(microbatches))
+          host['sampler_trainer_gap'] = _gap(host, metrics)
+        metrics = jax.device_get(metrics)
+      step += 1
+      if not np.isfinite(metrics['loss']):
+        raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
+                                 'is whole: go on from it in another workdir with a lower optim.lr')
+      if r.kl_weight and r.reference_every and step % r.reference_every == 0:
+        state = state.replace(reference=jax.tree.map(jnp.copy, state.params))
+
+      verdicts = count_verdicts(grades)
+      host['verdicts'] = {k: host['verdicts'].get(k, 0) + v for k, v in verdicts.items()}
+      host['samples'] += len(grades)
+      numbers = {
+        'reward/mean': reward.mean(), 'reward/accuracy': accuracy.mean(), 'reward/format': form.mean(),
+        'reward/tied_groups': grpo.tied_groups(reward).mean(), 'length/mean': rollout.length_BxG.mean(),
+        'length/max': rollout.length_BxG.max(), 'length/truncated': 1 - rollout.stopped_BxG.mean(),
+        **{f'verdict/{k}': v for k, v in verdicts.items()}, **{f'train/{k}': v for k, v in metrics.items()}}
+      seconds = clock.take()
+      rate = rollout.length_BxG.sum() / max(sum(v for k, v in seconds.items() if k != 'seconds/eval'), 1e-9)
+      if step % config.log.every == 0:
+        folder.log(step, numbers, {**seconds, 'seconds/tokens_per_second': rate, 'seconds/compiles': compiles.count})
+        folder.histogram(step, 'length/tokens', rollout.length_BxG)
+        folder.histogram(step, 'reward/samples', reward)
+      if step % config.log.transcripts_every == 0:
+        folder.text(step, 'transcripts', transcripts(batch, texts, reward, config.log.transcripts))
+      bar.update()
+      bar.set_postfix_str(f'acc {accuracy.mean():.2f} fmt {form.mean():.2f} len {rollout.length_BxG.mean():.1f} '
+                          f'{rate:,.0f} tok/s')
+      if step == r.steps or (config.eval.every and step % config.eval.every == 0):
+        host['last'] = {'step': step, **assess(step).record()}
+      if step == r.steps or folder.stop_requested or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        host |= {'data': data.get_state(), 'seconds': spent + time.time() - started}
+        folder.save(step, state, host)
+  bar.close()
+  summary = {k: host[k] for k in ('first', 'last', 'verdicts', 'samples', 'sampler_trainer_gap', 'seconds')}
+  summary |= {'steps': step, 'complete': step == r.steps, 'prompts_left_out': prompts.left_out}
+  folder.summary(summary)
+  folder.close()
+  return summary
+
+
+def transcripts(batch, texts, reward, count: int) -> str:
+  """The first sample of some prompts, as Markdown, token for token as it was decoded."""
+  return '\n\n'.join(f'**{p.problem.question}** (answer {p.problem.reference}, reward {r[0]:.2f})\n\n```\n{t[0]}\n```'
+                     for p, t, r in list(zip(batch, texts, reward, strict=True))[:count])
+
+
+def _gap(host: dict, metrics) -> float:
+  """The largest |log-prob of the trainer - of the sampler| so far. Counted where both had the same weights."""
+  return max(host['sampler_trainer_gap'], float(metrics['sampler_gap']))

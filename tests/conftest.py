@@ -1,0 +1,18 @@
+"""What every test shares: the CPU as default device, and the way to the public problem files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read when jax is imported, which no test module has done yet. Set it to gpu or tpu to test there.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+  """The folder of public problem files, `../shared/data` from the repository; skips where it is missing."""
+  path = Path(__file__).resolve().parents[2] / 'shared' / 'data'
+  if not path.is_dir():
+    pytest.skip(f'no problem files: {path} is not a folder')
+  return path
