@@ -79,14 +79,14 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.rl.kl_weight = 1e-3  # beta, on the k3 estimate per token; 0: no reference is kept
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
-  c.rl.row_tokens = 128  # width of a packed row; at least max_prompt_tokens + max_new_tokens
+  c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
   c.rl.microbatch_rows = 16
 
   c.sampling = ml_collections.ConfigDict()  # of the rollouts
   c.sampling.temperature = 1.0
   c.sampling.top_k = 0  # 0: off
   c.sampling.top_p = 1.0
-  c.sampling.max_prompt_tokens = 24  # longer prompts are left out, counted and named
+  c.sampling.max_prompt_tokens = 0  # longer prompts are left out, counted and named; 0: as the task needs
   c.sampling.max_new_tokens = 96
 
   c.rewards = ml_collections.ConfigDict()
@@ -141,15 +141,19 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
          f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
          f'set it to {vocab_size} or more')
   sizes = mesh_sizes(config, devices)
-  for axis, what, size in (('expert', 'experts', model.experts), ('tensor', 'heads', model.heads)):
-    refuse(size % sizes[axis], f'config.model.{what} {size} does not divide over config.mesh.{axis} {sizes[axis]}')
+  for axis, whats in (('fsdp', ('width',)), ('expert', ('experts',)),
+                      ('tensor', ('heads', 'dense_ff', 'expert_ff', 'vocab_size'))):
+    for what in whats:
+      divides(f'config.model.{what}', getattr(model, what), f'config.mesh.{axis}', sizes[axis])
   rows_over = sizes['data'] * sizes['fsdp']
   o = config.optim
   refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
   refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
   refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
+  positive('config.log', config.log, ('every', 'transcripts_every'))
   check = {'pretrain': _validate_pretrain, 'rl': _validate_rl}[config.stage]
-  return {'devices': devices, 'mesh': ' x '.join(f'{k}={v}' for k, v in sizes.items()), **check(config, model, rows_over)}
+  mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
+  return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
 
 
 def _validate_pretrain(config, model, rows_over):
@@ -167,10 +171,14 @@ def _validate_pretrain(config, model, rows_over):
 
 def _validate_rl(config, model, rows_over):
   r, s, e = config.rl, config.sampling, config.eval
-  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs', 'row_tokens', 'microbatch_rows'))
-  positive('config.sampling', s, ('temperature', 'max_prompt_tokens', 'max_new_tokens'))
+  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs', 'microbatch_rows'))
+  positive('config.sampling', s, ('temperature', 'max_new_tokens'))
+  for key, value in (('sampling.max_prompt_tokens', s.max_prompt_tokens), ('rl.row_tokens', r.row_tokens)):
+    refuse(value < 0, f'config.{key} {value}: must be positive, or 0 to derive it')
   positive('config.eval', e, ('problems', 'samples', 'temperature'))
-  positive('config.rewards', config.rewards, ('timeout_s', 'workers', 'memory_mb'))
+  positive('config.rewards', config.rewards, ('timeout_s', 'workers'))
+  refuse(config.rewards.memory_mb < 128,
+         f'config.rewards.memory_mb {config.rewards.memory_mb} is too small for a worker (70 at rest): set 512 or more')
   choose('config.rl.loss_denominator', r.loss_denominator, ('sequence', 'token', 'constant'))
   choose('config.task.name', config.task.name, ('chain', 'gsm8k', 'math', 'countdown', 'jsonl'))
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
@@ -184,7 +192,7 @@ def _validate_rl(config, model, rows_over):
   refuse(length > model.max_length,
          f'config.sampling: max_prompt_tokens + max_new_tokens is {length}, more than config.model.max_length '
          f'{model.max_length}: shorten one or raise it')
-  refuse(length > r.row_tokens,
+  refuse(0 < r.row_tokens < length,
          f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (sampling.max_prompt_tokens + '
          f'sampling.max_new_tokens): set it to {length} or more')
   if config.task.name == 'chain':
@@ -196,8 +204,22 @@ def _validate_rl(config, model, rows_over):
     refuse(not config.task.path,
            f"config.task.path is empty: task '{config.task.name}' reads a file, give --config.task.path=FILE")
   return {'samples_per_step': r.prompts_per_step * r.group_size, 'samples': r.prompts_per_step * r.group_size * r.steps,
-          'updates_per_step': r.minibatches * r.epochs, 'longest_sample_tokens': length,
+          'updates_per_step': r.minibatches * r.epochs,
+          'longest_sample_tokens': length if s.max_prompt_tokens else f'the longest prompt + {s.max_new_tokens}',
           'eval_samples': e.problems * e.samples}
+
+
+def with_lengths(config, longest_prompt: int):
+  """A copy with the lengths that were left to be derived, for a task whose longest kept prompt is `longest_prompt`."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  s, r = config.sampling, config.rl
+  s.max_prompt_tokens = s.max_prompt_tokens or -(-longest_prompt // 8) * 8
+  length = s.max_prompt_tokens + s.max_new_tokens
+  r.row_tokens = r.row_tokens or max(128, -(-length // 16) * 16)
+  refuse(r.row_tokens < length,
+         f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (the longest prompt + '
+         f'sampling.max_new_tokens): set it to {length} or more, or 0 to derive it')
+  return config
 
 
 def eval_prompts_per_batch(config) -> int:
@@ -243,4 +265,5 @@ def positive(section: str, values, keys: tuple[str, ...]):
 def divides(key: str, value: int, other: str, by: int):
   if value % by:
     down = value // by * by
-    refuse(True, f'{key} {value} is not a multiple of {other} {by}: set it to ' + (f'{down} or {down + by}' if down else f'{by}'))
+    near = f'{down} or {down + by}' if down else f'{by}'
+    refuse(True, f'{key} {value} is not a multiple of {other} {by}: set it to {near}')

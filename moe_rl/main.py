@@ -1,22 +1,30 @@
-"""The one entry: `python -m moe_rl.main --config=experiments/r1_zero.py[:preset] [--config.key=value …] [--workdir=DIR]`."""
+"""The one entry.
 
+`python -m moe_rl.main --config=experiments/r1_zero.py[:preset] [--config.key=value …] [--workdir=DIR]`
+"""
+
+import difflib
+import glob
+import importlib.util
 import json
+import os
 import pathlib
 import sys
-import time
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='The experiment, e.g. experiments/r1_zero.py[:preset].')
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run lives; a run that is there goes on. Default: runs/EXPERIMENT.')
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of bad input.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run lives; one that is there goes on. Default: runs/NAME.')
 
 
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'what is {argv[1]!r}? Flags look like --config.rl.steps=50')
+    fail(f"what is '{argv[1]}'? Flags look like --config.rl.steps=50")
   if _CONFIG.value is None:
-    raise app.UsageError('give an experiment: --config=experiments/r1_zero.py')
+    fail('give an experiment: --config=experiments/r1_zero.py')
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   name = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0]).stem
@@ -24,16 +32,93 @@ def main(argv):
   try:
     summary = launch(config, workdir)
   except ValueError as e:  # bad input: the message is for a person, a traceback is not
-    if '--debug' in sys.argv:
+    if _DEBUG.value:
       raise
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
+    fail(e)
   print(json.dumps(summary, indent=1))
 
 
+def fail(why):
+  """Ends the program on bad input: one message, status 2."""
+  print(f'error: {why}', file=sys.stderr)
+  sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, with messages that name the nearest file, preset or key in place of its tracebacks."""
+  try:
+    check_flags(argv[1:])
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as e:
+    near = difflib.get_close_matches(e.flagname.partition('.')[0], ('config', 'workdir', 'debug'), 1, 0.5)
+    fail(f'there is no flag --{e.flagname}' + (f': did you mean --{near[0]}…?' if near else ': see --help'))
+  except (ValueError, flags.Error) as e:
+    fail(e)
+
+
+def check_flags(arguments: list[str]):
+  """Raises ValueError for an experiment, preset or key that is not there, or a value that does not fit its key."""
+  given = []  # (name, value), value from `--name=value` or `--name value`
+  for argument, following in zip(arguments, [*arguments, ''][1:], strict=True):
+    name, equals, value = argument.partition('=')
+    if name.startswith('-'):
+      given.append((name.lstrip('-'), value if equals else following))
+  experiment = dict(given).get('config')
+  if not experiment:
+    return
+  config = load_experiment(*experiment.split(':', 1))
+  for name, value in given:
+    if name.startswith('config.'):
+      check_value(name, value, find(config, name.removeprefix('config.')))
+
+
+def check_value(name: str, value: str, default):
+  """Raises ValueError unless `value` reads as the type of `default`."""
+  if isinstance(default, ml_collections.ConfigDict):
+    raise ValueError(f"--{name} is a section: set one of its keys, such as --{name}.{next(iter(default))}=…")
+  kinds = {int: 'a whole number', float: 'a number'}
+  if type(default) in kinds:
+    try:
+      type(default)(value)
+    except ValueError as e:
+      raise ValueError(f'--{name}={value}: give {kinds[type(default)]}; its default is {default}') from e
+
+
+def find(config, key: str):
+  """The value at a dotted key. Raises ValueError naming the nearest key if there is none."""
+  keys = {}
+
+  def walk(section, prefix):
+    for name in section:
+      keys[prefix + name] = section[name]
+      if isinstance(section[name], ml_collections.ConfigDict):
+        walk(section[name], f'{prefix}{name}.')
+  walk(config, '')
+  if key not in keys:
+    same = [k for k in keys if k.rpartition('.')[2] == key.rpartition('.')[2]]  # right name, wrong section
+    near = same or difflib.get_close_matches(key, keys, 1)
+    raise ValueError(f'there is no config.{key}' + (
+      f': did you mean --config.{near[0]}?' if near else ': moe_rl/config.py lists every key'))
+  return keys[key]
+
+
+def load_experiment(path: str, preset: str = ''):
+  """An experiment file's config, from Python: `launch(load_experiment('experiments/r1_zero.py'), 'runs/mine')`.
+
+  Raises ValueError if there is no such file or, from the experiment itself, no such preset.
+  """
+  if not (path.endswith('.py') and os.path.isfile(path)):
+    near = difflib.get_close_matches(path, glob.glob(os.path.join(os.path.dirname(path), '*.py')), 1)
+    raise ValueError(f"there is no experiment '{path}'" + (f': did you mean {near[0]}?' if near else
+                                                           f': give a .py file, seen from {os.getcwd()}'))
+  spec = importlib.util.spec_from_file_location('experiment', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*[preset] if preset else [])
+
+
 def launch(config, workdir) -> dict:
-  """Runs the config's stage in `workdir` and returns its summary. Raises ValueError on bad input, before any compile."""
-  started = time.time()
+  """Runs the config's stage in `workdir`, returns its summary. Raises ValueError on bad input, before any compile."""
   import jax
 
   from moe_rl import config as configs
@@ -48,9 +133,9 @@ def launch(config, workdir) -> dict:
     from moe_rl.stages import pretrain as stage
   else:
     from moe_rl.stages import rl as stage
-  print(f'{"workdir":>{width}}  {pathlib.Path(workdir).absolute()}   ({time.time() - started:.1f} s to here)', flush=True)
+  print(f'{"workdir":>{width}}  {pathlib.Path(workdir).absolute()}', flush=True)
   return stage.run(config, workdir, mesh)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -1,7 +1,7 @@
 """The text that the embedded base is pre-trained on: the same problems, written by people of mixed care.
 
-Most documents answer at once, some work step by step, some of those slip and of these some notice ("wait"), some go over
-the work twice ("check"), some are malformed. Nothing here says that working pays; that is for RL to find.
+Most documents answer at once, some work step by step, some of those slip and of these some notice ("wait"), some go
+over the work twice ("check"), some are malformed. Nothing here says that working pays; that is for RL to find.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from moe_rl.data.templates import render
 class Mix:
   """Shares of the documents (they sum to 1) and rates of their faults."""
 
-  direct: float = 0.62
-  steps: float = 0.25
-  malformed: float = 0.10
+  direct: float = 0.66
+  steps: float = 0.22
+  malformed: float = 0.09
   facts: float = 0.03
   slip: float = 0.03  # a step of a worked document
   wait: float = 0.5  # of the slips are noticed
-  check: float = 0.15  # of the worked documents go over it again
-  guess: float = 0.3  # of the direct documents give a near miss
+  check: float = 0.10  # of the worked documents go over it again
+  guess: float = 0.6  # of the direct documents give a near miss
 
   def __post_init__(self):
     total = self.direct + self.steps + self.malformed + self.facts

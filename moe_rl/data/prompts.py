@@ -21,21 +21,24 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """train: random access, by index; held_out: a list; left_out: too-long ones; notes: lines for the log."""
+  """train: random access, by index; held_out: a list; longest: tokens of the longest kept prompt; left_out: too-long
+  ones; notes: lines for the log."""
 
   train: Problems
   held_out: list[Prompt]
   finite: bool
+  longest: int
   left_out: int
   notes: list[str]
 
 
 def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
-  """Prompts of config.task. A prompt longer than sampling.max_prompt_tokens is left out, counted and named.
+  """Prompts of config.task. A prompt longer than sampling.max_prompt_tokens (or, where that is 0, than the
+  model's length leaves room for) is left out, counted and named.
 
   Raises ValueError if none is left, if a procedural prompt is too long, or DataError for a bad file.
   """
-  limit = config.sampling.max_prompt_tokens
+  limit = config.sampling.max_prompt_tokens or config.model.max_length - config.sampling.max_new_tokens
 
   def prompt(problem: Problem) -> Prompt:
     return Prompt(problem, tuple(tokenizer.encode(render(config.template, problem.question))))
@@ -56,8 +59,9 @@ def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
   kept_eval, long_eval = _fitting([prompt(p) for p in held_out], limit)
   for path, kept, long in ((t.path, kept_train, long_train), (t.eval_path or t.path, kept_eval, long_eval)):
     if not kept:
-      raise ValueError(f'{path}: every prompt is longer than config.sampling.max_prompt_tokens {limit} (the shortest has '
-                       f'{min(len(p.ids) for p in long)} tokens): raise it')
+      shortest = min(len(p.ids) for p in long)
+      raise ValueError(f'{path}: every prompt is longer than config.sampling.max_prompt_tokens {limit} '
+                       f'(the shortest has {shortest} tokens): raise it')
   notes = [f'{len(kept_train)} training and {len(kept_eval)} held-out prompts of {t.path}']
   for name, long in (('training', long_train), ('held-out', long_eval)):
     if long:
@@ -65,7 +69,7 @@ def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
       notes.append(f'left out {len(long)} {name} prompts longer than config.sampling.max_prompt_tokens {limit}; '
                    f'the longest is problem {worst.problem.id} with {len(worst.ids)} tokens')
   return Prompts(Problems(kept_train.__getitem__, len(kept_train)), kept_eval, True,
-                 len(long_train) + len(long_eval), notes)
+                 max(len(p.ids) for p in kept_train + kept_eval), len(long_train) + len(long_eval), notes)
 
 
 def _procedural(config, prompt, limit: int) -> Prompts:
@@ -75,7 +79,7 @@ def _procedural(config, prompt, limit: int) -> Prompts:
     raise ValueError(f'config.sampling.max_prompt_tokens {limit} is too short for config.task.max_terms '
                      f'{config.task.max_terms} (prompts of up to {len(longest.ids)} tokens): raise it')
   held_out = [prompt(chain.problem('held_out', i)) for i in range(config.eval.problems)]
-  return Prompts(Problems(lambda i: prompt(chain.problem('train', i)), ENDLESS), held_out, False, 0,
+  return Prompts(Problems(lambda i: prompt(chain.problem('train', i)), ENDLESS), held_out, False, len(longest.ids), 0,
                  [f'procedural {config.task.name} problems, held-out questions never among them'])
 
 

@@ -17,8 +17,19 @@ def save_weights(path: pathlib.Path, variables: dict, config: dict, dtype: str =
   flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep='/')
   arrays = {k: np.asarray(v, np.float32 if k.startswith('router/') else np.dtype(dtype)) for k, v in flat.items()}
   temporary = path.with_name(path.name + '.partial')
-  safetensors.numpy.save_file(arrays, temporary, metadata={'format': 'moe_rl', 'config': json.dumps(config)})
+  data = safetensors.numpy.save(arrays, metadata={'format': 'moe_rl', 'config': json.dumps(config)})
+  temporary.write_bytes(_canonical(data))
   temporary.replace(path)
+
+
+def _canonical(data: bytes) -> bytes:
+  """The file with its metadata sorted: the library's order differs between processes, equal weights are equal bytes."""
+  end = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:end])
+  header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text = text.ljust(-(-len(text) // 8) * 8)  # the format wants tensors aligned to 8 bytes
+  return len(text).to_bytes(8, 'little') + text + data[end:]
 
 
 def load_weights(path: str | pathlib.Path) -> tuple[dict, dict]:

@@ -39,8 +39,9 @@ def row_keys(key: jax.Array, problem_B: jax.Array, group: int) -> jax.Array:
 def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
   """(token int32 [B, G], its log-prob): inverse CDF of one uniform number a row, addressed by position."""
   uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position))))(key_BxG)
-  cdf = jnp.cumsum(jnp.exp(logp_BxGxV), axis=-1)
-  token = (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1).astype(jnp.int32)
+  p = jnp.exp(logp_BxGxV)
+  cdf = jnp.where(p > 0, jnp.cumsum(p, axis=-1), 0.0)  # a sum in parallel steps up by rounding even where p is 0
+  token = jnp.argmax(cdf > uniform[..., None] * cdf.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
 
 

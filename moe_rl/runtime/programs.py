@@ -1,4 +1,4 @@
-"""What a stage runs on the devices, listed: each jitted program with abstract arguments, ready to be compiled anywhere."""
+"""What a stage runs on the devices, listed: jitted programs with abstract arguments, ready to be compiled anywhere."""
 
 import dataclasses
 from collections.abc import Callable

@@ -29,7 +29,7 @@ class Run:
     self._claim(config)
     options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
-    self._writer, self._metrics = None, None
+    self._writer, self._metrics, self._handlers = None, None, {}
     self.stop_requested = False
 
   def _claim(self, config):
@@ -40,14 +40,25 @@ class Run:
       probe.unlink(missing_ok=True)
     except OSError as e:
       raise ValueError(f'--workdir {self.path}: cannot be written ({e.strerror}): choose another folder') from e
-    ours, kept = json.loads(config.to_json_best_effort()), self.path / 'config.json'
+    self._config, kept = json.loads(config.to_json_best_effort()), self.path / 'config.json'
     if kept.exists():
-      different = compare(json.loads(kept.read_text()), ours)
+      different = compare(json.loads(kept.read_text()), self._config)
       if different:
         raise ValueError(f'--workdir {self.path} belongs to another config: {"; ".join(different[:5])}. '
                          'Use another workdir, or the same values to go on with that run')
-    elif self.main:
-      kept.write_text(json.dumps(ours, indent=1))
+    elif any((self.path / 'checkpoints').glob('[0-9]*')):
+      raise ValueError(f'--workdir {self.path} has checkpoints but no config.json to compare with: use another')
+
+  @property
+  def begun(self) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return self._manager.latest_step() is not None
+
+  def finished(self) -> dict | None:
+    """The summary of a run that is complete: to be given again, with nothing left to do."""
+    path = self.path / 'summary.json'
+    summary = json.loads(path.read_text()) if self.begun and path.exists() else {}
+    return summary if summary.get('complete') else None
 
   def restore(self, abstract_state) -> tuple[int, object, dict] | None:
     """(step, state, host record) of the newest checkpoint, or None. Later lines of metrics.jsonl are taken back."""
@@ -63,15 +74,19 @@ class Run:
   def _open(self, step: int):
     if not self.main:
       return
+    if not (self.path / 'config.json').exists():  # only now: a start that is refused leaves no mark on the folder
+      _replace(self.path / 'config.json', json.dumps(self._config, indent=1))
     for path in (self.path / 'metrics.jsonl', self.path / 'evaluations.jsonl'):
       lines = path.read_text().splitlines() if path.exists() else []
       kept = [line for line in lines if _step_of(line) <= step] if step else []
-      path.write_text(''.join(line + '\n' for line in kept))
+      _replace(path, ''.join(line + '\n' for line in kept))
     self._metrics = (self.path / 'metrics.jsonl').open('a', buffering=1)
     self._writer = tensorboardX.SummaryWriter(str(self.path), purge_step=step + 1 if step else None, flush_secs=10)
 
   def save(self, step: int, state, host: dict):
     """Starts writing a checkpoint; returns once the device arrays are copied. Waits for the one before."""
+    if self._writer:
+      self._writer.flush()  # so that no checkpoint is ahead of its curves
     self._manager.save(step, args=ocp.args.Composite(
       state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
 
@@ -102,11 +117,10 @@ class Run:
       self._writer.add_text(name, text, step)
 
   def summary(self, record: dict):
-    """summary.json, by a temporary file and a rename."""
+    """summary.json, once the last checkpoint is whole."""
+    self._manager.wait_until_finished()
     if self.main:
-      temporary = self.path / 'summary.json.partial'
-      temporary.write_text(json.dumps(record, indent=1) + '\n')
-      temporary.replace(self.path / 'summary.json')
+      _replace(self.path / 'summary.json', json.dumps(record, indent=1) + '\n')
 
   def close(self):
     self._manager.wait_until_finished()
@@ -114,6 +128,8 @@ class Run:
     if self._writer:
       self._writer.close()
       self._metrics.close()
+    for number, handler in self._handlers.items():  # a notebook's own Ctrl-C is back
+      signal.signal(number, handler)
 
   def catch_signals(self):
     """SIGTERM (a preempted TPU) and SIGINT ask the loop to save and stop; a second one stops at once."""
@@ -123,8 +139,7 @@ class Run:
     def handler(number, _):
       self.stop_requested = True
       signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, handler)
+    self._handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 class CompileCounter:
@@ -171,6 +186,13 @@ def compare(old: dict, new: dict, prefix: str = '') -> list[str]:
     elif a != b and not name.startswith(FREE_KEYS):
       out.append(f'config.{name} was {a!r}, is {b!r}')
   return out
+
+
+def _replace(path: pathlib.Path, text: str):
+  """Writes by a temporary file and a rename, so that a kill leaves the old text or the new."""
+  temporary = path.with_name(path.name + '.partial')
+  temporary.write_text(text)
+  temporary.replace(path)
 
 
 def _number(value) -> float | int:

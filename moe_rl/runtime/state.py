@@ -56,42 +56,55 @@ def make_state(model: ModelConfig, optimizer, key: jax.Array, reference: bool) -
 
 def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
   """(state of ShapeDtypeStruct, state of NamedSharding): what a program over the state is compiled from."""
-  boxed = jax.eval_shape(lambda key: make_state(model, optimizer, key, reference), jax.random.key(0))
+  boxed = jax.eval_shape(lambda: make_state(model, optimizer, jax.random.key(0), reference))
   shardings = meshes.shardings(boxed, mesh)
   shapes = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
   return shapes, shardings
 
 
-def born(model: ModelConfig, optimizer, mesh, seed: int, reference: bool) -> TrainState:
-  """The random initial state, each device computing its own shard only."""
+def make_init(model: ModelConfig, optimizer, mesh, seed: int, reference: bool):
+  """() -> the random initial state, jitted: each device computes its own shard only."""
   _, shardings = abstract_state(model, optimizer, mesh, reference)
-  make = jax.jit(lambda: nn.unbox(make_state(model, optimizer, key_for(seed, 'init'), reference)),
-                 out_shardings=shardings)
-  return make()
+
+  def init():
+    return nn.unbox(make_state(model, optimizer, key_for(seed, 'init'), reference))
+  return jax.jit(init, out_shardings=shardings)
+
+
+def born(model: ModelConfig, optimizer, mesh, seed: int, reference: bool) -> TrainState:
+  """The random initial state."""
+  return make_init(model, optimizer, mesh, seed, reference)()
 
 
 def with_weights(state: TrainState, variables: dict) -> TrainState:
   """The state with these weights (numpy trees) in place of its own, also as reference where it keeps one.
 
-  Raises ValueError naming the first weight that is missing, superfluous or of another shape.
+  Raises ValueError as `check_weights` does.
   """
-  params = _fit(variables['params'], state.params, 'params')
-  router = _fit(variables.get('router', {}), state.router, 'router')
+  check_weights(state, variables)
+  params = _placed(variables['params'], state.params)
+  router = _placed(variables.get('router', {}), state.router)
   reference = jax.tree.map(jnp.copy, params) if state.reference else {}
   return state.replace(params=params, router=router, reference=reference)
 
 
-def _fit(given, wanted, where):
-  given, wanted_flat = _flat(given), _flat(wanted)
-  missing, extra = sorted(wanted_flat.keys() - given.keys()), sorted(given.keys() - wanted_flat.keys())
-  if missing or extra:
-    raise ValueError(f'{where}: weights do not fit config.model: missing {missing[:3]}, superfluous {extra[:3]}')
-  out = {}
-  for name, leaf in wanted_flat.items():
-    if given[name].shape != leaf.shape:
-      raise ValueError(f'{where}/{name}: shape {given[name].shape} in the checkpoint, {leaf.shape} by config.model')
-    out[name] = jax.device_put(given[name].astype(leaf.dtype), leaf.sharding)
+def check_weights(state: TrainState, variables: dict):
+  """Raises ValueError naming the first weights that are missing, superfluous or of another shape than in `state`, which
+  may be abstract."""
+  for where, wanted in (('params', state.params), ('router', state.router)):
+    given, wanted = _flat(variables.get(where, {})), _flat(wanted)
+    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or extra:
+      raise ValueError(f'{where}: weights do not fit config.model: missing {missing[:3]}, superfluous {extra[:3]}')
+    for name, leaf in wanted.items():
+      if given[name].shape != leaf.shape:
+        raise ValueError(f'{where}/{name}: shape {given[name].shape} in the file, {leaf.shape} by config.model')
+
+
+def _placed(given, wanted):
+  given = _flat(given)
+  out = {name: jax.device_put(given[name].astype(leaf.dtype), leaf.sharding) for name, leaf in _flat(wanted).items()}
   return flax.traverse_util.unflatten_dict(out, sep='/')
 
 

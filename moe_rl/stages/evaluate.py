@@ -9,7 +9,7 @@ from moe_rl.rl.rewards.pool import count_verdicts
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """accuracy, format: float [problems, samples]; tokens: int, response lengths; stopped: bool, not cut; verdicts: counts."""
+  """accuracy, format: float [problems, samples]; tokens: int, lengths; stopped: bool, not cut; verdicts: counts."""
 
   accuracy: np.ndarray
   format: np.ndarray
@@ -45,7 +45,7 @@ def evaluate(sample, grade, prompts: list, batch_size: int) -> Evaluation:
     rollout, texts = sample(prompts=filled)
     n, shape = len(batch), (len(batch), rollout.length_BxG.shape[1])
     grades = grade(batch, texts[:n])
-    parts.append((np.array([g.accuracy for g in grades]).reshape(shape), np.array([g.format for g in grades]).reshape(shape),
-                  rollout.length_BxG[:n], rollout.stopped_BxG[:n], grades))
+    accuracy, form = (np.array([getattr(g, k) for g in grades]).reshape(shape) for k in ('accuracy', 'format'))
+    parts.append((accuracy, form, rollout.length_BxG[:n], rollout.stopped_BxG[:n], grades))
   *arrays, grades = zip(*parts, strict=True)
   return Evaluation(*(np.concatenate(a) for a in arrays), count_verdicts([g for part in grades for g in part]))

@@ -1,6 +1,9 @@
 """Pre-training: next token, second-next token (MTP), balanced experts. One loop over packed rows."""
 
 import dataclasses
+import itertools
+import json
+import pathlib
 import time
 
 import jax
@@ -20,7 +23,7 @@ from moe_rl.models.weights import save_weights
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.programs import Program
 from moe_rl.runtime.run import CompileCounter, Run
-from moe_rl.runtime.state import TrainState, abstract_state, born, make_optimizer
+from moe_rl.runtime.state import TrainState, abstract_state, make_init, make_optimizer
 
 
 def language_loss(model: ModelConfig, params, router, rows, weight, second_weight, c):
@@ -93,6 +96,7 @@ class Pretraining:
     self.model = configs.model_config(config)
     self.optimizer = make_optimizer(config, c.steps)
     self.abstract, self.shardings = abstract_state(self.model, self.optimizer, mesh, reference=False)
+    self.init = make_init(self.model, self.optimizer, mesh, config.seed, reference=False)
     self.rows_sharding = meshes.rows(mesh, leading=1)
     self.update = jax.jit(
       make_update(self.model, self.optimizer, c), donate_argnums=0,
@@ -103,7 +107,7 @@ class Pretraining:
     shape = (c.rows_per_step // c.microbatch_rows, c.microbatch_rows, c.row_tokens)
     rows = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows_sharding)
             for k in ('ids', 'positions', 'segments')}
-    return [Program('pretrain update', self.update, (self.abstract, rows))]
+    return [Program('init', self.init, ()), Program('pretrain update', self.update, (self.abstract, rows))]
 
   def data(self):
     c, tokenizer = self.config.pretrain, load_tokenizer(self.config.tokenizer)
@@ -116,15 +120,18 @@ def run(config, workdir, mesh) -> dict:
   """Trains, saves, writes base.safetensors into the workdir, returns the summary."""
   c, stage = config.pretrain, Pretraining(config, mesh)
   folder = Run(config, workdir)
+  if summary := folder.finished():
+    folder.close()
+    return summary
   folder.catch_signals()
-  data, done, spent = stage.data(), 0, 0.0
+  data, done, spent, metrics = stage.data(), 0, 0.0, {}
   restored = folder.restore(stage.abstract)
   if restored:
     done, state, host = restored
     data.set_state(host['data'])
-    spent = host['seconds']
+    spent, metrics = host['seconds'], host['metrics']
   else:
-    state = born(stage.model, stage.optimizer, mesh, config.seed, reference=False)
+    state = stage.init()
   compiles, started, last = CompileCounter(), time.time(), time.time()
   bar = tqdm.tqdm(total=c.steps, initial=done, unit='step', disable=not folder.main, mininterval=1)
   step = done
@@ -134,8 +141,8 @@ def run(config, workdir, mesh) -> dict:
     step += 1
     metrics = jax.device_get(metrics)
     if not np.isfinite(metrics['loss']):
-      raise FloatingPointError(f'step {step}: loss is {metrics["loss"]}; the newest checkpoint is whole: lower optim.lr '
-                               'and start from it in another workdir')
+      raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} is '
+                               'whole. Lower optim.lr and start again in another workdir')
     now = time.time()
     rate, last = c.rows_per_step * c.row_tokens / (now - last), now
     if step % config.log.every == 0:
@@ -143,17 +150,32 @@ def run(config, workdir, mesh) -> dict:
     bar.update()
     bar.set_postfix_str(f'loss {metrics["loss"]:.3f} {rate:,.0f} tok/s')
     if config.checkpoint.every and step % config.checkpoint.every == 0 and step < c.steps:
-      folder.save(step, state, {'data': data.get_state(), 'seconds': spent + now - started})
+      folder.save(step, state, host_record(data, spent + now - started, metrics))
   spent += time.time() - started
   if step > done:
-    folder.save(step, state, {'data': data.get_state(), 'seconds': spent})
+    folder.save(step, state, host_record(data, spent, metrics))
   bar.close()
   summary = {'steps': step, 'seconds': spent, 'complete': step == c.steps}
   if step == c.steps and folder.main:
     save_weights(folder.path / 'base.safetensors', state.variables, dataclasses.asdict(stage.model))
     summary['base'] = str(folder.path / 'base.safetensors')
-  if step > done:
-    summary |= {k: float(v) for k, v in metrics.items()}
+    write_card(folder.path, config, summary)
+  summary |= {k: float(v) for k, v in metrics.items()}
   folder.summary(summary)
   folder.close()
   return summary
+
+
+def host_record(data, seconds: float, metrics: dict) -> dict:
+  """What a checkpoint holds besides the state."""
+  return {'data': data.get_state(), 'seconds': seconds, 'metrics': {k: float(v) for k, v in metrics.items()}}
+
+
+def write_card(path: pathlib.Path, config, summary: dict):
+  """base.json beside base.safetensors: what made it, and its first steps' losses, so that the making can be checked."""
+  with (path / 'metrics.jsonl').open() as f:
+    lines = [json.loads(line) for line in itertools.islice(f, 5)]
+  first = [{k: line[k] for k in ('step', 'loss', 'ce', 'grad_norm')} for line in lines]
+  card = {'config': json.loads(config.to_json_best_effort()), 'first_steps': first, 'seconds': summary['seconds'],
+          'jax': jax.__version__, 'device': jax.devices()[0].device_kind}
+  (path / 'base.json').write_text(json.dumps(card, indent=1) + '\n')

@@ -6,6 +6,7 @@ prompts -> sample -> grade -> advantages -> pack -> update -> log, evaluate, sav
 import dataclasses
 import functools
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,16 @@ from moe_rl.rl.update import make_grpo_update
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.programs import Program
-from moe_rl.runtime.run import Clock, CompileCounter, Run
-from moe_rl.runtime.state import abstract_state, born, make_optimizer, with_weights
+from moe_rl.runtime.run import Clock, CompileCounter, Run, compare
+from moe_rl.runtime.state import abstract_state, check_weights, make_init, make_optimizer, with_weights
 from moe_rl.stages.evaluate import Evaluation, evaluate
 
 
 class RL:
-  """The stage's pieces, made once: model, optimizer, data, jitted sampler, evaluator and update."""
+  """The stage's pieces, made once: model, optimizer, jitted sampler, evaluator and update.
+
+  config: with its lengths known (`config.with_lengths`).
+  """
 
   def __init__(self, config, mesh):
     self.config, self.mesh = config, mesh
@@ -51,6 +55,7 @@ class RL:
     self.sample = jit_sampler(group=r.group_size, **self.sampling)
     self.sample_eval = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
     self.eval_prompts = configs.eval_prompts_per_batch(config)
+    self.init = make_init(self.model, self.optimizer, mesh, config.seed, reference=r.kl_weight > 0)
     self.update = jax.jit(
       make_grpo_update(self.model, self.optimizer, r, self.sampling), donate_argnums=0,
       in_shardings=(self.shardings, meshes.rows(mesh, leading=1), whole), out_shardings=(self.shardings, whole))
@@ -69,19 +74,26 @@ class RL:
     shape = (-(-samples // r.microbatch_rows), r.microbatch_rows, r.row_tokens)
     ints, floats = (array(shape, d, leading=1) for d in (jnp.int32, jnp.float32))
     return [
+      Program('init', self.init, ()),
       Program('rollout', self.sample, sampler_arguments(r.prompts_per_step)),
       Program('evaluation', self.sample_eval, sampler_arguments(self.eval_prompts)),
       Program('GRPO update', self.update, (
         self.abstract, PackedBatch(ints, ints, ints, floats, floats, floats), jax.ShapeDtypeStruct((), jnp.int32)))]
 
   def initial_state(self):
-    state = born(self.model, self.optimizer, self.mesh, self.config.seed, reference=self.config.rl.kl_weight > 0)
-    if not self.config.init_from:
-      return state
-    variables, _ = load_weights(self.config.init_from)
-    for part in variables.values():
-      part.pop('mtp', None)
-    return with_weights(state, variables)
+    """Random weights, or those of config.init_from. Raises ValueError before any compile where they do not fit."""
+    path = self.config.init_from
+    if path:
+      variables, made_with = load_weights(path)
+      for part in variables.values():
+        part.pop('mtp', None)
+      try:
+        check_weights(self.abstract, variables)
+      except ValueError as e:
+        sizes = '; '.join(compare(made_with, dataclasses.asdict(self.model), 'model.')[:5])
+        raise ValueError(f"config.init_from '{path}': {e}. Set config.model to its sizes: {sizes}") from e
+    state = self.init()
+    return with_weights(state, variables) if path else state
 
 
 def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> tuple[Rollout, list[list[str]]]:
@@ -99,24 +111,29 @@ def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> t
 
 def grade(pool: RewardPool, prompts, texts):
   """Grades in order, prompts outer, samples inner."""
-  return pool.grade([Item(p.problem.kind, t, p.problem.reference) for p, ts in zip(prompts, texts, strict=True) for t in ts])
+  return pool.grade([Item(p.problem.kind, t, p.problem.reference)
+                     for p, ts in zip(prompts, texts, strict=True) for t in ts])
 
 
 def run(config, workdir, mesh) -> dict:
   """Trains to config.rl.steps from wherever the workdir is, and returns (and writes) the summary."""
-  r, s = config.rl, config.sampling
   prompts = load_prompts(config, load_tokenizer(config.tokenizer))
-  stage = RL(config, mesh)
+  lengths = configs.with_lengths(config, prompts.longest)
+  folder, config = Run(config, workdir), lengths
+  if summary := folder.finished():
+    folder.close()
+    return summary
+  r, s, stage = config.rl, config.sampling, RL(config, mesh)
   data = batches(prompts.train, r.prompts_per_step, shuffle_seed=config.seed if prompts.finite else None, as_list=True)
-  folder = Run(config, workdir)
   folder.catch_signals()
+  state = None if folder.begun else stage.initial_state()  # before the folder is written to, as it may refuse
   restored = folder.restore(stage.abstract)
   if restored:
     step, state, host = restored
     data.set_state(host['data'])
     print(f'resumed at step {step}', flush=True)
   else:
-    step, state = 0, stage.initial_state()
+    step = 0
     host = {'first': None, 'last': None, 'verdicts': {}, 'samples': 0, 'sampler_trainer_gap': 0.0, 'seconds': 0.0}
   print('\n'.join(prompts.notes), flush=True)
   started, spent, clock, compiles = time.time(), host['seconds'], Clock(), CompileCounter()
@@ -135,7 +152,8 @@ def run(config, workdir, mesh) -> dict:
 
     if not host['first']:
       host['first'] = host['last'] = {'step': step, **assess(step).record()}
-    while step < r.steps and not folder.stop_requested:
+    last = step == r.steps or folder.stop_requested
+    while not last:
       batch = next(data)
       with clock('rollout'):
         rollout, texts = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens,
@@ -149,18 +167,20 @@ def run(config, workdir, mesh) -> dict:
       advantage = grpo.group_advantage(reward, scale_by_std=r.scale_by_std)
 
       with clock('update'):
-        for part in list(np.split(np.arange(shape[0]), r.minibatches)) * r.epochs:
+        for n, part in enumerate(list(np.split(np.arange(shape[0]), r.minibatches)) * r.epochs):
           share = jax.tree.map(lambda x, part=part: x[part], rollout)
           weight = grpo.token_weights(share.length_BxG.reshape(-1), r.loss_denominator, s.max_new_tokens)
           packed, microbatches = pack(share, advantage[part], weight.reshape(share.length_BxG.shape),
                                       row_tokens=r.row_tokens, microbatch_rows=r.microbatch_rows)
           state, metrics = stage.update(state, packed, np.int32(microbatches))
-          host['sampler_trainer_gap'] = _gap(host, metrics)
-        metrics = jax.device_get(metrics)
+          if n == 0:  # later minibatches have moved away from the weights that sampled
+            gap = {k: metrics[k] for k in ('sampler_gap', 'sampler_gap_mean')}
+        metrics = jax.device_get(metrics | gap)
+        host['sampler_trainer_gap'] = max(host['sampler_trainer_gap'], float(metrics['sampler_gap']))
       step += 1
       if not np.isfinite(metrics['loss']):
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
-                                 'is whole: go on from it in another workdir with a lower optim.lr')
+                                 'is whole. Lower optim.lr and start again in another workdir')
       if r.kl_weight and r.reference_every and step % r.reference_every == 0:
         state = state.replace(reference=jax.tree.map(jnp.copy, state.params))
 
@@ -169,8 +189,10 @@ def run(config, workdir, mesh) -> dict:
       host['samples'] += len(grades)
       numbers = {
         'reward/mean': reward.mean(), 'reward/accuracy': accuracy.mean(), 'reward/format': form.mean(),
-        'reward/tied_groups': grpo.tied_groups(reward).mean(), 'length/mean': rollout.length_BxG.mean(),
+        'reward/tied_groups': grpo.tied_groups(reward).mean(), 'length/prompt': rollout.prompt_length_B.mean(),
+        'length/mean': rollout.length_BxG.mean(),
         'length/max': rollout.length_BxG.max(), 'length/truncated': 1 - rollout.stopped_BxG.mean(),
+        'sample_crc': zlib.crc32(rollout.response_BxGxS.tobytes()),  # tells equal samples from others
         **{f'verdict/{k}': v for k, v in verdicts.items()}, **{f'train/{k}': v for k, v in metrics.items()}}
       seconds = clock.take()
       rate = rollout.length_BxG.sum() / max(sum(v for k, v in seconds.items() if k != 'seconds/eval'), 1e-9)
@@ -185,7 +207,8 @@ def run(config, workdir, mesh) -> dict:
                           f'{rate:,.0f} tok/s')
       if step == r.steps or (config.eval.every and step % config.eval.every == 0):
         host['last'] = {'step': step, **assess(step).record()}
-      if step == r.steps or folder.stop_requested or (config.checkpoint.every and step % config.checkpoint.every == 0):
+      last = step == r.steps or folder.stop_requested
+      if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
         host |= {'data': data.get_state(), 'seconds': spent + time.time() - started}
         folder.save(step, state, host)
   bar.close()
@@ -200,8 +223,3 @@ def transcripts(batch, texts, reward, count: int) -> str:
   """The first sample of some prompts, as Markdown, token for token as it was decoded."""
   return '\n\n'.join(f'**{p.problem.question}** (answer {p.problem.reference}, reward {r[0]:.2f})\n\n```\n{t[0]}\n```'
                      for p, t, r in list(zip(batch, texts, reward, strict=True))[:count])
-
-
-def _gap(host: dict, metrics) -> float:
-  """The largest |log-prob of the trainer - of the sampler| so far. Counted where both had the same weights."""
-  return max(host['sampler_trainer_gap'], float(metrics['sampler_gap']))

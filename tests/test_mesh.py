@@ -1,0 +1,141 @@
+"""Law 5: sharding is a table, and the mesh changes no number beyond rounding."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from jax.sharding import PartitionSpec
+
+from moe_rl.runtime import mesh as meshes
+
+# One pre-training step and one RL step from the same seed on each mesh, in a process of its own with 8 CPU devices.
+ONE_STEP_EACH = """
+import json, sys
+import flax, jax, numpy as np
+from moe_rl import config as configs
+from moe_rl.data.prompts import load_prompts
+from moe_rl.main import load_experiment
+from moe_rl.rl import grpo
+from moe_rl.rl.batch import pack
+from moe_rl.runtime.keys import key_for
+from moe_rl.runtime.mesh import make_mesh
+from moe_rl.stages.pretrain import Pretraining
+from moe_rl.stages.rl import RL, sample_prompts
+
+def config_of(name, sizes):
+  config = load_experiment(f'experiments/{name}.py')
+  config.update(changes[name])
+  config.mesh.update(sizes)
+  return config
+
+def flat(state):
+  tree = {'params': state.params, 'first_moment': state.opt_state[1][0].mu}
+  return {k: np.asarray(v) for k, v in flax.traverse_util.flatten_dict(tree, sep='/').items()}
+
+def pretrain(config, mesh):
+  stage, c = Pretraining(config, mesh), config.pretrain
+  rows = {k: v.reshape(-1, c.microbatch_rows, c.row_tokens) for k, v in next(stage.data()).items()}
+  state, metrics = stage.update(stage.init(), rows)
+  return {'loss': metrics['loss'], **flat(state)}
+
+def rl(config, mesh):
+  stage, r, s = RL(config, mesh), config.rl, config.sampling
+  prompts = load_prompts(config, stage.tokenizer)
+  batch = [prompts.train[i] for i in range(r.prompts_per_step)]
+  state = stage.init()
+  key = key_for(0, 'rollout', 0)
+  rollout, _ = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens, key)
+  reward = (rollout.response_BxGxS.sum(-1) % 5).astype(np.float32)  # any that differs within a group
+  advantage = grpo.group_advantage(reward)
+  weight = grpo.token_weights(rollout.length_BxG.reshape(-1), r.loss_denominator, s.max_new_tokens)
+  packed, used = pack(rollout, advantage, weight.reshape(reward.shape), row_tokens=r.row_tokens,
+                      microbatch_rows=r.microbatch_rows)
+  state, metrics = stage.update(state, packed, np.int32(used))
+  return {'loss': metrics['loss'], 'ids': rollout.response_BxGxS, 'logp': rollout.logp_BxGxS, **flat(state)}
+
+changes, every_mesh, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+for i, sizes in enumerate(every_mesh):
+  count = int(np.prod(list(sizes.values())))
+  for name, step in (('pretrain', pretrain), ('r1_zero', rl)):
+    config = config_of(name, sizes)
+    mesh = make_mesh(configs.mesh_sizes(config, count), jax.devices()[:count])
+    np.savez(f'{out}/{name}_{i}.npz', **jax.device_get(step(config, mesh)))
+"""
+# init_std 0.3 gives logits a spread of nats, so that sampling depends on the weights.
+MODEL = runs.MODEL | dict(init_std=0.3)
+CHANGES = {
+  'pretrain': runs.PRETRAIN | {'model': MODEL},
+  'r1_zero': runs.RL | {
+    'model': MODEL, 'init_from': '', 'sampling': dict(max_prompt_tokens=16, max_new_tokens=16),
+    'rl': dict(prompts_per_step=8, group_size=4, row_tokens=48, microbatch_rows=8, minibatches=1, steps=10)}}
+ONE, EIGHT, TWO_BY_FOUR, ALL_AXES = (dict(data=d, fsdp=f, expert=e, tensor=t) for d, f, e, t in (
+  (1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (1, 2, 2, 2)))
+MESHES = {'data=8': 1, 'data=4,fsdp=2': 2, 'fsdp=2,expert=2,tensor=2': 3}
+
+
+@pytest.fixture(scope='module')
+def step(tmp_path_factory):
+  """(stage, number of the mesh) -> what its one step gave, by name."""
+  out = tmp_path_factory.mktemp('mesh')
+  every_mesh = json.dumps([ONE, EIGHT, TWO_BY_FOUR, ALL_AXES])
+  runs.python(ONE_STEP_EACH, json.dumps(CHANGES), every_mesh, out,
+              XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  return lambda stage, i: dict(np.load(out / f'{stage}_{i}.npz'))
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_the_same_tokens_are_sampled_on_every_mesh(mesh, step):
+  one, other = step('r1_zero', 0), step('r1_zero', MESHES[mesh])
+  assert one['ids'].shape == (8, 4, 16) and len(np.unique(one['ids'])) > 50
+  np.testing.assert_array_equal(other['ids'], one['ids'])
+  np.testing.assert_allclose(other['logp'], one['logp'], atol=1e-5)  # nats; float32 sums in another order
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('stage', ['pretrain', 'r1_zero'])
+def test_one_step_gives_the_same_loss_gradient_and_weights_on_every_mesh(stage, mesh, step):
+  one, other = step(stage, 0), step(stage, MESHES[mesh])
+  np.testing.assert_allclose(other['loss'], one['loss'], rtol=1e-5)
+  assert other.keys() == one.keys()
+  for name, wanted in one.items():
+    # 1e-5 of the largest entry: float32 sums over a few hundred terms in another order.
+    np.testing.assert_allclose(other[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+# The table.
+
+
+def test_an_unknown_logical_axis_raises():
+  with pytest.raises(ValueError, match="logical axis 'embde' is not in the sharding table .*embed"):
+    meshes.spec(('embde', None))
+
+
+def test_two_logical_axes_on_one_mesh_axis_raise_naming_both():
+  with pytest.raises(ValueError, match="'mlp' and 'vocab' of .* both map to mesh axis 'tensor'"):
+    meshes.spec(('mlp', 'vocab'))
+  with pytest.raises(ValueError, match="'batch' and 'embed' of .* both map to mesh axis 'fsdp'"):
+    meshes.spec(('batch', None, 'embed'))
+
+
+def test_a_row_of_the_table_places_an_array():
+  assert meshes.spec(('experts', 'embed', 'expert_mlp')) == PartitionSpec(('expert',), ('fsdp',), ('tensor',))
+  assert meshes.spec(('layers', None)) == PartitionSpec(None, None)
+  assert meshes.spec(('a',), {'a': ('data', 'fsdp')}) == PartitionSpec(('data', 'fsdp'))
+
+
+def test_every_row_of_the_table_names_axes_of_the_mesh():
+  assert {axis for axes in meshes.RULES.values() for axis in axes} == set(meshes.AXES)
+
+
+def test_a_mesh_takes_its_sizes_by_name():
+  mesh = meshes.make_mesh(ONE, jax.devices()[:1])
+  assert mesh.axis_names == meshes.AXES and dict(mesh.shape) == ONE
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_the_program_with_the_remedy(tmp_path):
+  done = runs.main('--config=experiments/r1_zero.py', '--config.init_from=', '--config.rl.prompts_per_step=12',
+                   f'--workdir={tmp_path / "run"}', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert 'config.rl.prompts_per_step 12 is not a multiple of the mesh (data x fsdp) 8: set it to 8 or 16' in done.stderr

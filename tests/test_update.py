@@ -1,0 +1,313 @@
+"""The packed batch and the GRPO update: every token once, and the gradient of a plain recomputation."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import assert_trees_close, quick_jit, tiny_model, tiny_variables
+
+from moe_rl.config import base_config
+from moe_rl.models.transformer import Transformer
+from moe_rl.rl import grpo
+from moe_rl.rl.batch import pack
+from moe_rl.rl.sampler import Rollout
+from moe_rl.rl.update import make_grpo_update, score
+from moe_rl.runtime.state import TrainState
+
+MODEL = tiny_model()
+SAMPLING = dict(temperature=0.8, top_k=0, top_p=1.0)
+GROUP, MAX_NEW, LONGEST = 4, 6, 9
+OPTIMIZER = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)  # the rate is data: one compilation for all rates
+
+
+def rl_config(**changes):
+  """config.rl of the tiny base with the KL term large enough to be seen beside the policy's."""
+  c = base_config('tiny').rl
+  c.update({'kl_weight': 0.05, **changes})
+  return c
+
+
+# Packing.
+
+
+@st.composite
+def rollouts(draw):
+  """A rollout of random lengths whose ids are all different, so that no token can pass for another."""
+  batch, group = draw(st.integers(1, 4)), draw(st.integers(2, 5))
+  prompt = np.array(draw(st.lists(st.integers(1, 6), min_size=batch, max_size=batch)), np.int32)
+  length = np.array(draw(st.lists(st.integers(1, 8), min_size=batch * group, max_size=batch * group)), np.int32)
+  length = length.reshape(batch, group)
+  response = np.where(np.arange(8) < length[..., None], 1000 + np.arange(batch * group * 8).reshape(batch, group, 8), 0)
+  prompts = np.where(np.arange(6) < prompt[:, None], 1 + np.arange(batch * 6).reshape(batch, 6), 0)
+  return Rollout(
+    prompt_BxP=prompts.astype(np.int32), prompt_length_B=prompt, response_BxGxS=response.astype(np.int32),
+    logp_BxGxS=np.where(response > 0, -response / 128, 0).astype(np.float32), length_BxG=length,
+    stopped_BxG=length < 8, problem_B=np.arange(batch, dtype=np.int32))
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(rollouts(), st.integers(14, 40), st.integers(1, 5))
+def test_packing_keeps_every_token_log_prob_advantage_and_weight_exactly_once(rollout, row_tokens, microbatch_rows):
+  batch, group = rollout.length_BxG.shape
+  advantage = np.arange(batch * group, dtype=np.float32).reshape(batch, group) - 3
+  weight = (advantage + 4) / 64
+  packed, used = pack(rollout, advantage, weight, row_tokens=row_tokens, microbatch_rows=microbatch_rows)
+  # Shapes are those of one sample a row, whatever the lengths.
+  assert packed.ids.shape == (-(-batch * group // microbatch_rows), microbatch_rows, row_tokens)
+
+  left, filled = {(b, g) for b in range(batch) for g in range(group)}, []
+  rows = {name: getattr(packed, name).reshape(-1, row_tokens)
+          for name in ('ids', 'positions', 'segments', 'weight', 'advantage', 'logp')}
+  for n in range(len(rows['ids'])):
+    row = {name: values[n] for name, values in rows.items()}
+    at, seen = 0, set()
+    while at < row_tokens and row['segments'][at]:
+      segment = row['segments'][at]
+      size = (row['segments'] == segment).sum()
+      cells = {name: values[at:at + size] for name, values in row.items()}
+      assert (cells['segments'] == segment).all() and segment not in seen  # each whole, without gaps
+      seen.add(segment)
+      b, g = divmod((cells['ids'][-1] - 1000) // 8, group)  # by construction of the ids
+      left.remove((b, g))  # KeyError: twice
+      p, r = rollout.prompt_length_B[b], rollout.length_BxG[b, g]
+      prompt, response = rollout.prompt_BxP[b, :p], rollout.response_BxGxS[b, g, :r]
+      np.testing.assert_array_equal(cells['ids'], [*prompt, *response])
+      np.testing.assert_array_equal(cells['positions'], np.arange(p + r))
+      np.testing.assert_array_equal(cells['weight'], [0] * p + [weight[b, g]] * r)
+      np.testing.assert_array_equal(cells['advantage'], [0] * p + [advantage[b, g]] * r)
+      np.testing.assert_array_equal(cells['logp'], [*[0] * p, *rollout.logp_BxGxS[b, g, :r]])
+      at += size
+    assert all((values[at:] == 0).all() for values in row.values())  # padding
+    filled.append(at)
+  assert not left
+  in_use = [f for f in filled if f]
+  assert all(a + b > row_tokens for i, a in enumerate(in_use) for b in in_use[:i])  # no two rows could have been one
+  assert filled[:len(in_use)] == in_use and used == -(-len(in_use) // microbatch_rows)
+
+
+def test_a_sample_longer_than_a_row_is_refused_with_the_key_to_raise():
+  with pytest.raises(ValueError, match='a sample of 9 tokens does not fit a row of 8: raise rl.row_tokens'):
+    packed_batch(rollout(), row_tokens=8, microbatch_rows=2)
+
+
+# A small rollout, and its update written out plainly.
+
+PROMPT_LENGTH = np.array([3, 5], np.int32)
+LENGTH = np.array([[4, 6, 4, 6], [4, 2, 4, 2]], np.int32)  # 7 or 9 tokens with the prompt: two compilations
+REWARD = np.array([[1, 0, 0.1, 1.1], [0, 0, 1, 0]], np.float32)
+
+
+@functools.cache
+def variables():
+  return tiny_variables(MODEL)
+
+
+@functools.cache
+def reference():
+  """Weights a little off, so that the KL estimate is about 0.1 nats."""
+  rng = np.random.default_rng(7)
+  return jax.tree.map(lambda x: (x + 0.003 * rng.normal(size=x.shape)).astype(np.float32), variables()['params'])
+
+
+@functools.cache
+def rollout(noise: float = 0.3) -> Rollout:
+  """Random tokens; the sampler's log-probs are the model's with `noise` nats on them, as of stale weights."""
+  rng = np.random.default_rng(1)
+  prompts = rng.integers(2, 64, (2, 5)) * (np.arange(5) < PROMPT_LENGTH[:, None])
+  response = rng.integers(2, 64, (2, GROUP, MAX_NEW)) * (np.arange(MAX_NEW) < LENGTH[..., None])
+  logp = np.zeros(response.shape, np.float32)
+  for b, g in np.ndindex(2, GROUP):
+    p, r = PROMPT_LENGTH[b], LENGTH[b, g]
+    ids = np.array([*prompts[b, :p], *response[b, g, :r]], np.int32)
+    logp[b, g, :r] = logps_of(variables()['params'], ids)[0][p:] + noise * rng.normal(size=r)
+  return Rollout(prompts.astype(np.int32), PROMPT_LENGTH, response.astype(np.int32), logp, LENGTH,
+                 LENGTH < MAX_NEW, np.arange(2, dtype=np.int32))
+
+
+def packed_batch(rollout, *, denominator='token', reward=REWARD, row_tokens=LONGEST, microbatch_rows=8):
+  shape = rollout.length_BxG.shape
+  weight = grpo.token_weights(rollout.length_BxG.reshape(-1), denominator, MAX_NEW).reshape(shape)
+  packed, used = pack(
+    rollout, grpo.group_advantage(reward), weight, row_tokens=row_tokens, microbatch_rows=microbatch_rows)
+  return packed, np.int32(used)
+
+
+def plain_logps(params, ids_T):
+  """(log-prob [T], entropy [T]) of one sequence alone, nothing padded or packed; 0 at the first token."""
+  net, all_variables = Transformer(MODEL), {'params': params, 'router': variables()['router']}
+  positions = jnp.arange(ids_T.size)[None]
+  hidden = net.apply(all_variables, ids_T[None], positions, jnp.ones_like(positions)).hidden_NxTxD
+  logits = net.apply(all_variables, hidden, method=net.logits)[0, :-1] / 0.8
+  logp = logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
+  own = jnp.stack([logp[t, ids_T[t + 1]] for t in range(ids_T.size - 1)])
+  return jnp.append(0.0, own), jnp.append(0.0, -(jnp.exp(logp) * logp).sum(-1))
+
+
+def plain_loss(params, ids_T, prompt, old_T, reference_T, advantage, weight):
+  """Loss of one sample, token by token, in the words of DeepSeekMath eq. 3; aux: per token what metrics are of."""
+  logp, entropy = plain_logps(params, ids_T)
+  loss, tokens = 0.0, []
+  for t in range(1, ids_T.size):
+    ratio = jnp.exp(logp[t] - old_T[t])
+    held = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & (ratio < 0.8))
+    surrogate = jnp.where(held, jnp.where(advantage > 0, 1.28, 0.8), ratio) * advantage
+    k3 = jnp.exp(reference_T[t] - logp[t]) - (reference_T[t] - logp[t]) - 1
+    loss = loss + jnp.where(t >= prompt, -weight * (surrogate - 0.05 * k3), 0.0)
+    tokens.append(jnp.stack([k3, entropy[t], held, ratio, jnp.abs(logp[t] - old_T[t])]))
+  return loss, jnp.stack(tokens)
+
+
+logps_of = quick_jit(plain_logps)
+loss_and_gradient_of = quick_jit(jax.value_and_grad(plain_loss, has_aux=True))
+
+
+@functools.cache
+def plain_update(denominator: str):
+  """(gradient, metrics) by loops over samples and tokens."""
+  r, total, loss, tokens = rollout(), None, 0.0, []
+  for b, g in np.ndindex(2, GROUP):
+    p, n = PROMPT_LENGTH[b], LENGTH[b, g]
+    ids = np.array([*r.prompt_BxP[b, :p], *r.response_BxGxS[b, g, :n]], np.int32)
+    old = np.array([*[0] * p, *r.logp_BxGxS[b, g, :n]], np.float32)
+    advantage = (REWARD[b, g] - REWARD[b].mean()) / REWARD[b].std()
+    weight = {'sequence': 1 / 8 / n, 'token': 1 / 32, 'constant': 1 / 8 / 6}[denominator]  # 32 tokens in 8 samples
+    (part, aux), gradient = loss_and_gradient_of(
+      variables()['params'], ids, p, old, logps_of(reference(), ids)[0], advantage, weight)
+    loss, total = loss + part, gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+    tokens += list(np.asarray(aux)[p - 1:])
+  kl, entropy, clipped, ratio, gap = np.mean(tokens, axis=0)
+  return total, dict(
+    loss=loss, kl=kl, entropy=entropy, clipped=clipped, ratio=ratio, sampler_gap_mean=gap,
+    sampler_gap=np.max(tokens, axis=0)[4], grad_norm=np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(total))))
+
+
+# The update itself.
+
+RATE = 1024.0  # a power of two, so that dividing it out is exact; and the change is not lost beside the weights
+
+
+@functools.cache
+def update(**changes):
+  return quick_jit(make_grpo_update(MODEL, OPTIMIZER, rl_config(**changes), SAMPLING), donate_argnums=0)
+
+
+def fresh(rate=RATE, params=None, reference_params=None) -> TrainState:
+  params = jax.tree.map(jnp.array, variables()['params'] if params is None else params)  # copies: they are donated
+  opt_state = OPTIMIZER.init(params)
+  opt_state.hyperparams['learning_rate'] = jnp.float32(rate)
+  return TrainState(jnp.int32(0), params, jax.tree.map(jnp.array, variables()['router']), opt_state,
+                    jax.tree.map(jnp.array, reference() if reference_params is None else reference_params))
+
+
+@functools.cache
+def updated(denominator='token', row_tokens=LONGEST, microbatch_rows=8):
+  """(gradient, metrics, microbatches in use): the parameters' change under SGD is the gradient."""
+  batch, used = packed_batch(rollout(), denominator=denominator, row_tokens=row_tokens, microbatch_rows=microbatch_rows)
+  state, metrics = update()(fresh(), batch, used)
+  gradient = jax.tree.map(lambda old, new: (old - new) / RATE, variables()['params'], state.params)
+  return gradient, jax.device_get(metrics), used
+
+
+def assert_metrics_close(got, wanted):
+  for name, value in wanted.items():
+    # Means over 32 tokens of float32 log-probs of about 5 nats, each good to 2e-6.
+    assert got[name] == pytest.approx(float(value), rel=2e-5, abs=5e-6), name
+
+
+@pytest.mark.parametrize('denominator', ['sequence', 'token', 'constant'])
+def test_loss_gradient_and_metrics_are_those_of_a_plain_recomputation(denominator):
+  gradient, metrics, _ = updated(denominator)
+  wanted, numbers = plain_update(denominator)
+  assert 0.1 < numbers['clipped'] < 0.5 and numbers['kl'] > 0.01  # all branches of the loss are at work
+  # float32 through three layers: sums of 32 tokens and 64 logits in another order, 1e-6 of the largest entry each.
+  assert_trees_close(gradient, wanted, rtol=1e-5)
+  assert_metrics_close(metrics, numbers)
+
+
+@pytest.mark.parametrize('row_tokens, microbatch_rows, microbatches', [
+  (LONGEST, 1, 8), (LONGEST, 2, 4), (32, 3, 1), (16, 3, 2)])  # alone in their rows, then packed
+def test_accumulation_and_packing_change_no_gradient_and_no_metric(row_tokens, microbatch_rows, microbatches):
+  gradient, metrics, used = updated('sequence', row_tokens, microbatch_rows)
+  assert used == microbatches
+  whole, numbers, _ = updated('sequence')  # eight rows in one microbatch
+  # The same float32 terms in another order, through other forms of the expert layer (few tokens take the dense one).
+  assert_trees_close(gradient, whole, rtol=1e-5)
+  assert_metrics_close(metrics, numbers)
+
+
+def test_all_metrics_are_there_and_finite():
+  _, metrics, _ = updated()
+  wanted = 'loss kl entropy clipped ratio grad_norm sampler_gap sampler_gap_mean load_max load_min bias_max'.split()
+  assert sorted(metrics) == sorted(wanted)
+  assert all(np.isfinite(v) for v in metrics.values())
+  assert metrics['load_min'] <= 1 <= metrics['load_max'] and metrics['bias_max'] == 0
+  assert 0 < metrics['entropy'] < np.log(64)
+
+
+def test_a_batch_of_tied_groups_changes_no_weight_and_only_the_balance_moves_the_router():
+  state = fresh(reference_params={})
+  batch, used = packed_batch(rollout(), reward=np.full((2, GROUP), 0.7, np.float32))
+  new, metrics = update(kl_weight=0.0, bias_rate=1e-3)(state, batch, used)
+  jax.tree.map(np.testing.assert_array_equal, new.params, variables()['params'])
+  assert metrics['loss'] == 0 and metrics['grad_norm'] == 0 and 'kl' not in metrics
+
+  # Up for experts with less than the mean load, down for those with more, by the rate; padding counts for none.
+  first = jax.tree.map(lambda x: x[0], batch)
+  load = np.asarray(quick_jit(functools.partial(score, MODEL, sampling=SAMPLING))(variables(), first)[2])
+  np.testing.assert_array_equal(load.sum(1), 64 * 2)  # 64 tokens pick 2 experts in each of the 2 layers
+  assert len(np.unique(load)) > 1
+  bias = new.router['moe']['ff']['bias']
+  np.testing.assert_array_equal(bias, np.float32(1e-3) * np.sign(32 - load))
+  assert metrics['bias_max'] == np.float32(1e-3)
+  assert metrics['load_max'] == load.max() / 32 and metrics['load_min'] == load.min() / 32
+
+
+def test_the_router_bias_is_frozen_at_rate_zero():
+  batch, used = packed_batch(rollout())
+  state, _ = update()(fresh(), batch, used)
+  np.testing.assert_array_equal(state.router['moe']['ff']['bias'], 0)
+
+
+def test_the_state_is_donated_and_its_step_advances():
+  state, (batch, used) = fresh(), packed_batch(rollout())
+  given = jax.tree.leaves(state.params)
+  for step in (1, 2):
+    state, _ = update()(state, batch, used)
+    assert state.step == step
+  assert all(leaf.is_deleted() for leaf in given)
+  jax.tree.map(np.testing.assert_array_equal, state.reference, reference())  # the update moves no reference
+
+
+def test_the_kl_term_pulls_toward_the_reference():
+  state = fresh(rate=0.5)
+  batch, used = packed_batch(rollout(), reward=np.zeros((2, GROUP), np.float32))  # nothing but the KL term
+  kl = []
+  for _ in range(5):
+    state, metrics = update()(state, batch, used)
+    kl.append(float(metrics['kl']))
+  assert kl == sorted(kl, reverse=True) and kl[-1] < 0.9 * kl[0]
+
+
+def test_at_the_reference_the_kl_term_moves_nothing():
+  batch, used = packed_batch(rollout(), reward=np.zeros((2, GROUP), np.float32))
+  state, metrics = update()(fresh(reference_params=variables()['params']), batch, used)
+  assert metrics['kl'] == 0
+  jax.tree.map(np.testing.assert_array_equal, state.params, variables()['params'])
+
+
+def test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout_and_leaves_one_in_the_second():
+  state, metrics = fresh(rate=0.1), []
+  for b in range(2):  # two minibatches of one prompt each, sampled by the weights before the first
+    half = jax.tree.map(lambda x, b=b: x[b:b + 1], rollout(noise=0.0))
+    batch, used = packed_batch(half, reward=REWARD[b:b + 1])
+    state, m = update()(state, batch, used)
+    metrics.append(m)
+  # Equal weights: rounding of log-probs alone.
+  assert metrics[0]['ratio'] == pytest.approx(1, abs=1e-5) and metrics[0]['sampler_gap'] < 1e-5
+  assert metrics[0]['clipped'] == 0
+  assert abs(metrics[1]['ratio'] - 1) > 1e-3 and metrics[1]['sampler_gap'] > 1e-2
