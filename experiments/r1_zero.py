@@ -4,10 +4,10 @@
     python -m moe_rl.main --config=experiments/r1_zero.py:v3_671b --config.task.name=math --config.task.path=FILE
 
 `tiny` starts from the base in the package and is tuned for two CPU cores. Every other preset has the paper's settings
-(its supplement, B.4.1) where they are published: 512 questions x 16 samples a rollout, 16 updates of 512 samples each, one
-pass, learning rate 3e-6, KL 0.001, temperature 1, reference refreshed every 400 updates = 25 rollouts, accuracy and format
-of equal weight, 32,768 tokens (the paper doubles them at update 8,200). Not published, ours: clip range, AdamW's betas,
-loss denominator. Not yet run at those sizes.
+where they are published: 512 questions x 16 samples a rollout, 16 updates of 512 samples each, one pass, learning rate
+3e-6, KL 0.001, temperature 1, reference refreshed every 400 updates = 25 rollouts, accuracy and format of equal weight,
+32,768 tokens (the paper doubles them at update 8,200). Not published, ours: clip range, AdamW betas, loss denominator.
+Not yet run at those sizes.
 """
 
 from moe_rl.config import base_config
@@ -19,6 +19,7 @@ def get_config(preset: str = 'tiny'):
     config.init_from = 'embedded'
     config.optim.lr, config.optim.final_lr = 4e-4, 1e-4
     config.rl.steps = 80
+    config.sampling.max_new_tokens = 72  # seven steps of two-digit sums take 63
     return config
   config.template = 'r1_zero'
   config.task.name = 'math'

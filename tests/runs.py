@@ -68,12 +68,14 @@ def config_of(experiment: str, changes: dict):
 
 
 def environment(cached: bool = True, **more: str) -> dict[str, str]:
-  """For a program whose compilation is the cost: XLA's expensive passes off, compiled programs kept between runs."""
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'} | more
-  if cached:
-    env |= {'JAX_COMPILATION_CACHE_DIR': str(scratch() / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
-  return env
+  """For a program whose compilation is the cost: XLA's expensive passes off, compiled programs kept between runs.
+
+  They are kept for the session, or for longer where JAX_COMPILATION_CACHE_DIR is set.
+  """
+  return {'JAX_COMPILATION_CACHE_DIR': str(scratch() / 'compiled')} | os.environ | {
+    'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_ENABLE_COMPILATION_CACHE': str(cached).lower(), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'} | more
 
 
 def start(experiment: str, changes: dict, workdir, **env) -> subprocess.Popen:

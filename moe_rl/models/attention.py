@@ -122,18 +122,20 @@ class MLA(nn.Module):
     cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
 
     def scores(equation, cells):
-      return jnp.einsum(equation, q_BxGxHxZ, cells, preferred_element_type=jnp.float32) * c.softmax_scale
-    prompt = scores('bghz,bpz->bghp', prompt_BxPxZ)
-    own = scores('bghz,bgsz->bghs', own_BxGxSxZ)
-    new = scores('bghz,bgz->bgh', cell_BxGxZ)[..., None]
+      return jnp.einsum(equation, cells, q_BxGxHxZ, preferred_element_type=jnp.float32) * c.softmax_scale
+    # Cells lead: a product that transposes the few queries, and not the cache, is several times faster on CPU.
+    prompt = scores('bpz,bghz->bpgh', prompt_BxPxZ).transpose(0, 2, 3, 1)
+    own = scores('bgsz,bghz->bgsh', own_BxGxSxZ).swapaxes(2, 3)
+    new = scores('bgz,bghz->bgh', cell_BxGxZ)[..., None]
     in_prompt = jnp.arange(prompt.shape[-1]) < prompt_length_B[:, None, None, None]
-    prompt = jnp.where(in_prompt, prompt, -jnp.inf)
-    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, -jnp.inf)
+    prompt = jnp.where(in_prompt, prompt, MASKED)
+    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
     p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(x_BxGxD.dtype)
     p_prompt, p_own, p_new = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
-    o_BxGxHxC = (
-      jnp.einsum('bghp,bpc->bghc', p_prompt, prompt_BxPxZ[..., :c.kv_lora])
-      + jnp.einsum('bghs,bgsc->bghc', p_own, own_BxGxSxZ[..., :c.kv_lora])
-      + p_new * cell_BxGxZ[:, :, None, :c.kv_lora])
+    o_BxGxHxZ = (  # the rotated keys' columns come along and are cut off: cheaper than a cut copy of the cache
+      jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ)
+      + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)
+      + p_new * cell_BxGxZ[:, :, None])
+    o_BxGxHxC = o_BxGxHxZ[..., :c.kv_lora]
     o = jnp.einsum('bghc,chd->bghd', o_BxGxHxC, up_v)
     return o.reshape(*x_BxGxD.shape[:2], -1) @ self.out, cell_BxGxZ

@@ -134,7 +134,8 @@ def run(config, workdir, mesh) -> dict:
     print(f'resumed at step {step}', flush=True)
   else:
     step = 0
-    host = {'first': None, 'last': None, 'verdicts': {}, 'samples': 0, 'sampler_trainer_gap': 0.0, 'seconds': 0.0}
+    host = {'first': None, 'last': None, 'verdicts': {}, 'samples': 0, 'seconds': 0.0,
+            'sampler_trainer_gap': 0.0, 'sampler_trainer_gap_mean': 0.0}
   print('\n'.join(prompts.notes), flush=True)
   started, spent, clock, compiles = time.time(), host['seconds'], Clock(), CompileCounter()
   bar = tqdm.tqdm(total=r.steps, initial=step, unit='step', disable=not folder.main, mininterval=1)
@@ -176,7 +177,8 @@ def run(config, workdir, mesh) -> dict:
           if n == 0:  # later minibatches have moved away from the weights that sampled
             gap = {k: metrics[k] for k in ('sampler_gap', 'sampler_gap_mean')}
         metrics = jax.device_get(metrics | gap)
-        host['sampler_trainer_gap'] = max(host['sampler_trainer_gap'], float(metrics['sampler_gap']))
+        for key, metric in (('sampler_trainer_gap', 'sampler_gap'), ('sampler_trainer_gap_mean', 'sampler_gap_mean')):
+          host[key] = max(host[key], float(metrics[metric]))  # of any one token; of a step's mean over tokens
       step += 1
       if not np.isfinite(metrics['loss']):
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
@@ -212,7 +214,8 @@ def run(config, workdir, mesh) -> dict:
         host |= {'data': data.get_state(), 'seconds': spent + time.time() - started}
         folder.save(step, state, host)
   bar.close()
-  summary = {k: host[k] for k in ('first', 'last', 'verdicts', 'samples', 'sampler_trainer_gap', 'seconds')}
+  summary = {k: host[k] for k in ('first', 'last', 'verdicts', 'samples', 'sampler_trainer_gap',
+                                  'sampler_trainer_gap_mean', 'seconds')}
   summary |= {'steps': step, 'complete': step == r.steps, 'prompts_left_out': prompts.left_out}
   folder.summary(summary)
   folder.close()
