@@ -360,12 +360,15 @@ def test_public_files_load_whole(shared_data, name, fmt, count):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_math_train_has_four_problems_without_a_gold_answer(shared_data):
+def test_math_train_has_seven_problems_without_a_gold_answer_that_can_be_read(shared_data):
   """It was published so: they must be told, neither dropped in silence nor given an answer."""
   scan = scan_problems(shared_data / 'math' / 'math_train_7474.json')
-  assert len(scan.problems) == 7470
-  assert [fault.line for fault in scan.faults] == [5318, 6056, 31970, 31982]
-  assert {886, 1009, 5328, 5330} == set(range(7474)) - {p.id for p in scan.problems}
+  missing = {5318, 6056, 31970, 31982}  # null or empty
+  unreadable = {9314, 40610, 40754}  # an approximation, a matrix with a phantom, a fraction without braces
+  assert {f.line for f in scan.faults if 'null' in f.why or 'empty' in f.why} == missing
+  assert {f.line for f in scan.faults if 'math-verify' in f.why} == unreadable
+  assert len(scan.faults) == 7 and len(scan.problems) == 7467
+  assert {886, 1009, 5328, 5330} < set(range(7474)) - {p.id for p in scan.problems}
 
 
 @pytest.mark.data
