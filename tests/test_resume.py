@@ -52,7 +52,7 @@ def without_clocks(record: dict) -> dict:
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory):
-  """The workdir of an RL run that was killed and damaged as a crash may damage it, then run to the end.
+  """(workdir, step it went on from) of an RL run, killed and damaged as a crash may damage it, then run to the end.
 
   The second process compiles everything anew: the claim is not that of a compilation cache.
   """
@@ -66,8 +66,7 @@ def killed(tmp_path_factory):
   half = workdir / 'checkpoints' / f'{newest + 2}.orbax-checkpoint-tmp'
   shutil.copytree(workdir / 'checkpoints' / str(newest) / 'host', half / 'host', dirs_exist_ok=True)
   done = runs.finish(runs.start('r1_zero.py', runs.rl_changes(), workdir, cached=False))
-  assert re.search(r'resumed at step [1-9]', done.stdout)
-  return workdir
+  return workdir, int(re.search(r'resumed at step ([1-9]\d*)', done.stdout)[1])
 
 
 def test_the_run_under_test_learns():
@@ -83,16 +82,23 @@ def test_the_run_under_test_learns():
 
 
 def test_rl_killed_and_resumed_equals_uninterrupted(killed):
-  assert_same_run(killed, runs.trained()[0])
+  assert_same_run(killed[0], runs.trained()[0])
 
 
 def test_after_a_kill_no_checkpoint_is_left_half_written(killed):
-  names = [p.name for p in (killed / 'checkpoints').iterdir()]
+  names = [p.name for p in (killed[0] / 'checkpoints').iterdir()]
   assert sorted(names) == ['28', '29']  # checkpoint.keep is 2
 
 
+def test_a_resumed_run_compiles_nothing_after_its_second_step_but_its_evaluation(killed):
+  """The reference is refreshed every third step: moving it compiles nothing either."""
+  workdir, resumed = killed
+  compiles = [line['time']['seconds/compiles'] for line in runs.lines(workdir / 'metrics.jsonl')][resumed + 1:]
+  assert len(compiles) > 10 and compiles[-1] - compiles[0] <= 1  # one program of held-out evaluation
+
+
 def test_after_a_kill_every_step_is_on_tensorboard_once(killed):
-  board, wanted = runs.events(killed), runs.metrics(killed)
+  board, wanted = runs.events(killed[0]), runs.metrics(killed[0])
   every_step = list(range(1, 30))
   losses = board.Scalars('train/loss')
   assert runs.steps_of(losses) == every_step

@@ -85,8 +85,13 @@ def with_weights(state: TrainState, variables: dict) -> TrainState:
   check_weights(state, variables)
   params = _placed(variables['params'], state.params)
   router = _placed(variables.get('router', {}), state.router)
-  reference = jax.tree.map(jnp.copy, params) if state.reference else {}
+  reference = copied(params) if state.reference else {}
   return state.replace(params=params, router=router, reference=reference)
+
+
+def copied(tree):
+  """The arrays again, in memory of their own and placed alike. Compiles nothing, at whatever step it comes."""
+  return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), tree)
 
 
 def check_weights(state: TrainState, variables: dict):

@@ -27,7 +27,7 @@ from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.programs import Program
 from moe_rl.runtime.run import Clock, CompileCounter, Run, compare
-from moe_rl.runtime.state import abstract_state, check_weights, make_init, make_optimizer, with_weights
+from moe_rl.runtime.state import abstract_state, check_weights, copied, make_init, make_optimizer, with_weights
 from moe_rl.stages.evaluate import Evaluation, evaluate
 
 
@@ -184,7 +184,7 @@ def run(config, workdir, mesh) -> dict:
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
                                  'is whole. Lower optim.lr and start again in another workdir')
       if r.kl_weight and r.reference_every and step % r.reference_every == 0:
-        state = state.replace(reference=jax.tree.map(jnp.copy, state.params))
+        state = state.replace(reference=copied(state.params))
 
       verdicts = count_verdicts(grades)
       host['verdicts'] = {k: host['verdicts'].get(k, 0) + v for k, v in verdicts.items()}
