@@ -106,11 +106,6 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 20  # steps; 0: only at the end
   c.checkpoint.keep = 2
-
-  c.log = ml_collections.ConfigDict()
-  c.log.every = 1  # steps between TensorBoard points
-  c.log.transcripts_every = 10  # steps between sampled transcripts
-  c.log.transcripts = 4  # written each time
   return c
 
 
@@ -150,7 +145,6 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
   refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
   refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
   refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
-  positive('config.log', config.log, ('every', 'transcripts_every'))
   check = {'pretrain': _validate_pretrain, 'rl': _validate_rl}[config.stage]
   mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
   return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}

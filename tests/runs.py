@@ -37,7 +37,7 @@ RL = {
   'rl': dict(steps=29, prompts_per_step=4, group_size=4, minibatches=2, reference_every=3, row_tokens=48,
              microbatch_rows=4, bias_rate=1e-3),
   'sampling': dict(max_prompt_tokens=16, max_new_tokens=7), 'eval': dict(every=10, problems=8, samples=2),
-  'checkpoint': dict(every=2), 'log': dict(transcripts_every=5)}
+  'checkpoint': dict(every=2)}
 
 
 LIMIT_S = 550  # seconds a process may take; seconds suffice on a quiet machine

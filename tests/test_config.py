@@ -72,7 +72,6 @@ BAD_RL = {
   'learning rate': (dict(optim=dict(lr=0.0)), 'config.optim.lr 0.0 must be positive'),
   'gradient norm': (dict(optim=dict(clip_norm=-1.0)), 'config.optim.clip_norm -1.0', '0 turns it off'),
   'no checkpoint kept': (dict(checkpoint=dict(keep=0)), 'config.checkpoint.keep 0: keep at least 1'),
-  'no log': (dict(log=dict(every=0)), 'config.log.every is 0, must be positive'),
   'no steps': (dict(rl=dict(steps=0)), 'config.rl.steps is 0, must be positive'),
   'cold': (dict(sampling=dict(temperature=0.0)), 'config.sampling.temperature is 0.0, must be positive'),
   'no problems': (dict(eval=dict(problems=0)), 'config.eval.problems is 0, must be positive'),

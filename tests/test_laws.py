@@ -18,13 +18,13 @@ LAWS: dict[int, tuple[str, list[str]]] = {
     'test_sampler.py::test_every_run_purpose_step_problem_and_sample_has_its_own_key',
     'test_sampler.py::test_the_order_of_the_prompts_changes_no_token',
     'test_mesh.py::test_the_same_tokens_are_sampled_on_every_mesh',
-    'test_resume.py::test_rl_killed_and_resumed_equals_uninterrupted']),
+    'test_resume.py::test_rl_stopped_killed_and_resumed_equals_uninterrupted']),
   3: ('the ids that were sampled are the ids that are trained on', [
     'test_update.py::test_packing_keeps_every_token_log_prob_advantage_and_weight_exactly_once',
     'test_sampler.py::test_end_of_text_is_part_of_the_response_and_nothing_follows_it']),
   4: ('a run killed at any moment and started again is the run that was left alone, bit for bit', [
-    'test_resume.py::test_rl_killed_and_resumed_equals_uninterrupted',
-    'test_resume.py::test_rl_told_to_stop_finishes_its_step_saves_and_goes_on_to_the_same_end',
+    'test_resume.py::test_rl_stopped_killed_and_resumed_equals_uninterrupted',
+    'test_resume.py::test_rl_told_to_stop_finishes_its_step_saves_and_ends_well',
     'test_resume.py::test_pretraining_killed_and_resumed_writes_the_same_base']),
   5: ('one table says where arrays live, a collision raises, and no mesh changes a number beyond rounding', [
     'test_mesh.py::test_the_same_tokens_are_sampled_on_every_mesh',

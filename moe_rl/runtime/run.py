@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import tensorboardX
 
 # Keys that may differ between the run that made a folder and the one that goes on in it.
-FREE_KEYS = ('checkpoint.', 'log.', 'rewards.workers', 'rewards.timeout_s', 'rewards.memory_mb', 'mesh.', 'eval.every')
+FREE_KEYS = ('checkpoint.', 'rewards.workers', 'rewards.timeout_s', 'rewards.memory_mb', 'mesh.', 'eval.every')
 
 
 class Run:

@@ -145,8 +145,7 @@ def run(config, workdir, mesh) -> dict:
                                'whole. Lower optim.lr and start again in another workdir')
     now = time.time()
     rate, last = c.rows_per_step * c.row_tokens / (now - last), now
-    if step % config.log.every == 0:
-      folder.log(step, metrics, {'tokens_per_second': rate, 'compiles': compiles.count})
+    folder.log(step, metrics, {'tokens_per_second': rate, 'compiles': compiles.count})
     bar.update()
     bar.set_postfix_str(f'loss {metrics["loss"]:.3f} {rate:,.0f} tok/s')
     if config.checkpoint.every and step % config.checkpoint.every == 0 and step < c.steps:

@@ -30,6 +30,8 @@ from moe_rl.runtime.run import Clock, CompileCounter, Run, compare
 from moe_rl.runtime.state import abstract_state, check_weights, copied, make_init, make_optimizer, with_weights
 from moe_rl.stages.evaluate import Evaluation, evaluate
 
+TRANSCRIPTS_EVERY = 5  # steps
+
 
 class RL:
   """The stage's pieces, made once: model, optimizer, jitted sampler, evaluator and update.
@@ -198,12 +200,11 @@ def run(config, workdir, mesh) -> dict:
         **{f'verdict/{k}': v for k, v in verdicts.items()}, **{f'train/{k}': v for k, v in metrics.items()}}
       seconds = clock.take()
       rate = rollout.length_BxG.sum() / max(sum(v for k, v in seconds.items() if k != 'seconds/eval'), 1e-9)
-      if step % config.log.every == 0:
-        folder.log(step, numbers, {**seconds, 'seconds/tokens_per_second': rate, 'seconds/compiles': compiles.count})
-        folder.histogram(step, 'length/tokens', rollout.length_BxG)
-        folder.histogram(step, 'reward/samples', reward)
-      if step % config.log.transcripts_every == 0:
-        folder.text(step, 'transcripts', transcripts(batch, texts, reward, config.log.transcripts))
+      folder.log(step, numbers, {**seconds, 'seconds/tokens_per_second': rate, 'seconds/compiles': compiles.count})
+      folder.histogram(step, 'length/tokens', rollout.length_BxG)
+      folder.histogram(step, 'reward/samples', reward)
+      if step % TRANSCRIPTS_EVERY == 0:
+        folder.text(step, 'transcripts', transcripts(batch, texts, reward))
       bar.update()
       bar.set_postfix_str(f'acc {accuracy.mean():.2f} fmt {form.mean():.2f} len {rollout.length_BxG.mean():.1f} '
                           f'{rate:,.0f} tok/s')
@@ -222,7 +223,7 @@ def run(config, workdir, mesh) -> dict:
   return summary
 
 
-def transcripts(batch, texts, reward, count: int) -> str:
+def transcripts(batch, texts, reward, count: int = 4) -> str:
   """The first sample of some prompts, as Markdown, token for token as it was decoded."""
   return '\n\n'.join(f'**{p.problem.question}** (answer {p.problem.reference}, reward {r[0]:.2f})\n\n```\n{t[0]}\n```'
                      for p, t, r in list(zip(batch, texts, reward, strict=True))[:count])
