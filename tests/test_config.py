@@ -199,7 +199,7 @@ def test_the_workdir_of_another_config_is_refused_with_the_key_and_both_values(t
 def test_what_does_not_change_a_run_may_change_in_its_workdir():
   old = json.loads(runs.config_of('r1_zero.py', RL_CONFIG).to_json_best_effort())
   new = runs.config_of('r1_zero.py', RL_CONFIG | dict(
-    mesh=dict(fsdp=2), checkpoint=dict(every=7), log=dict(transcripts=1), rewards=dict(workers=5)))
+    mesh=dict(fsdp=2), checkpoint=dict(every=7), rewards=dict(workers=5)))
   assert compare(old, json.loads(new.to_json_best_effort())) == []
 
 
