@@ -7,10 +7,11 @@ import ml_collections
 
 from moe_rl.data.corpus import Mix
 from moe_rl.data.tasks import Chain
-from moe_rl.data.templates import TEMPLATES
-from moe_rl.models.config import PRESETS, ModelConfig, Yarn
+from moe_rl.data.templates import NAMES as TEMPLATES
+from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
+from moe_rl.models.hf_config import family
 
-STAGES = ('pretrain', 'rl')
+STAGES = ('pretrain', 'rl', 'export')
 
 
 def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
@@ -23,14 +24,17 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
     raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
                                                 f": use one of {', '.join(PRESETS)}"))
   c = ml_collections.ConfigDict()
-  c.stage = 'rl'  # 'pretrain' or 'rl'
+  c.stage = 'rl'  # 'pretrain', 'rl' or 'export'
   c.seed = 0
-  c.model = dataclasses.asdict(ModelConfig(**PRESETS[preset]))
-  if c.model.yarn is None:  # a placeholder keeps the key's type open: None or a section
-    c.model.yarn = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
-  c.init_from = ''  # '': random weights; 'embedded': the base in the package; or a .safetensors file of ours
-  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model
-  c.template = 'short'  # 'short' or 'r1_zero'
+  c.model = own_fields(ModelConfig(**PRESETS[preset]))  # the keys that this kind of model reads
+  for key in ('yarn', 'llama3'):
+    if key in c.model and c.model[key] is None:  # a placeholder keeps the key's type open: None or a section
+      c.model[key] = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
+  # '': random weights; 'embedded': the base in the package; or a Hugging Face folder, a hub id (ORGANISATION/NAME), a
+  # .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
+  c.init_from = ''
+  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model, of a tokenizer.json or of a folder with one
+  c.template = 'short'  # 'short', 'r1_zero', 'r1', 'r1_think', or 'chat': the tokenizer's own chat template
 
   c.task = ml_collections.ConfigDict()
   c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'jsonl' (files)
@@ -110,9 +114,8 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
 
 
 def model_config(config) -> ModelConfig:
-  fields = config.model.to_dict()
-  fields['yarn'] = Yarn(**fields['yarn']) if fields['yarn'] else None
-  return ModelConfig(**fields)
+  """config.model as the model reads it; fields of another kind of model, which it does not show, at their defaults."""
+  return from_fields(config.model.to_dict())
 
 
 def chain_task(config) -> Chain:
@@ -130,7 +133,7 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
   devices: how many there are; vocab_size: the tokenizer's. Raises ValueError: the key, its value, the remedy.
   """
   choose('config.stage', config.stage, STAGES)
-  choose('config.template', config.template, tuple(TEMPLATES))
+  choose('config.template', config.template, TEMPLATES)
   model = model_config(config)
   refuse(vocab_size > model.vocab_size,
          f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
@@ -140,12 +143,15 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
                       ('tensor', ('heads', 'dense_ff', 'expert_ff', 'vocab_size'))):
     for what in whats:
       divides(f'config.model.{what}', getattr(model, what), f'config.mesh.{axis}', sizes[axis])
+  refuse(model.kv_heads * model.head_dim % sizes['tensor'],
+         f"config.mesh.tensor {sizes['tensor']} does not divide config.model.kv_heads x head_dim "
+         f'({model.kv_heads * model.head_dim}): set it to a divisor of that')
   rows_over = sizes['data'] * sizes['fsdp']
   o = config.optim
   refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
   refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
   refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
-  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl}[config.stage]
+  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl, 'export': _validate_export}[config.stage]
   mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
   return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
 
@@ -201,6 +207,12 @@ def _validate_rl(config, model, rows_over):
           'updates_per_step': r.minibatches * r.epochs,
           'longest_sample_tokens': length if s.max_prompt_tokens else f'the longest prompt + {s.max_new_tokens}',
           'eval_samples': e.problems * e.samples}
+
+
+def _validate_export(config, model, rows_over):
+  choose('config.model.param_dtype', model.param_dtype, ('bfloat16', 'float32'))
+  refuse(not config.init_from, "config.init_from is empty: name the weights to export, such as a run's workdir")
+  return {'family': family(model), 'export_dtype': model.param_dtype}
 
 
 def with_lengths(config, longest_prompt: int):

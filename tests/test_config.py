@@ -18,7 +18,7 @@ from moe_rl import config as configs
 from moe_rl.data.corpus import Mix
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.main import launch
-from moe_rl.models.config import PRESETS, ModelConfig
+from moe_rl.models.config import PRESETS, ModelConfig, own_fields
 from moe_rl.models.weights import save_weights
 from moe_rl.runtime.mesh import make_mesh
 from moe_rl.runtime.run import CompileCounter, Run, compare
@@ -215,7 +215,7 @@ def test_weights_of_another_model_are_refused_with_weight_and_key(tmp_path, refu
   other = runs.config_of('r1_zero.py', RL_CONFIG | dict(model=runs.MODEL | dict(kv_lora=24)))
   stage = RL(other, make_mesh(configs.mesh_sizes(other, 1), jax.devices()[:1]))
   params, router = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), (stage.abstract.params, stage.abstract.router))
-  save_weights(tmp_path / 'base.safetensors', {'params': params, 'router': router}, dataclasses.asdict(stage.model))
+  save_weights(tmp_path / 'base.safetensors', {'params': params, 'router': router}, own_fields(stage.model))
   message = refusal(dict(init_from=str(tmp_path / 'base.safetensors')))
   contains(message, str(tmp_path / 'base.safetensors'), 'params/dense/attention/', '24', '16',
            'config.model.kv_lora was 24, is 16')
@@ -289,9 +289,10 @@ def test_there_are_fewer_than_100_keys():
 def test_every_key_is_read():
   models = '\n'.join(p.read_text() for p in (runs.ROOT / 'moe_rl' / 'models').glob('*.py'))
   corpus = (runs.ROOT / 'moe_rl' / 'data' / 'corpus.py').read_text()
-  assert set(configs.base_config().model) == {f.name for f in dataclasses.fields(ModelConfig)}
+  shown = set().union(*(configs.base_config(preset).model for preset in PRESETS))
+  assert shown == {f.name for f in dataclasses.fields(ModelConfig)}
   assert set(configs.base_config().corpus) == {f.name for f in dataclasses.fields(Mix)}
-  for key in keys(configs.base_config()):
+  for key in keys(configs.base_config()) | keys(configs.base_config('qwen3_0_6b')):
     section, _, name = key.rpartition('.')
     text = readers(section or name) + {'model': models, 'corpus': corpus}.get(section, '')
     assert re.search(rf"\.{name}\b|'{name}'", text), f'config.{key} is read nowhere'

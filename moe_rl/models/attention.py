@@ -20,7 +20,7 @@ MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 
 @flax.struct.dataclass
 class LatentCache:
-  """What decode reads: normed latents and rotated shared keys, layers leading.
+  """What decode reads: a cell a token, as the model's attention makes and reads it, layers leading.
 
   A group's completions share their prompt's cells, which are stored once.
 
@@ -46,6 +46,14 @@ def attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
   p = jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True)))
   o = jnp.einsum('nhts,nhsd->nhtd', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return (o / p.sum(-1)[..., None]).astype(v.dtype).swapaxes(1, 2)
+
+
+def causal_within(segments_NxT) -> jax.Array:
+  """bool [N, 1, T, S]: a token sees itself and earlier tokens of its own segment."""
+  length = segments_NxT.shape[1]
+  causal_TxS = jnp.tril(jnp.ones((length, length), bool))
+  same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
+  return (causal_TxS & same_NxTxS)[:, None]
 
 
 class MLA(nn.Module):
@@ -102,11 +110,7 @@ class MLA(nn.Module):
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.rope_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1) * c.softmax_scale
     key = jnp.concatenate([k_nope, k_rope], axis=-1)
-
-    length = x_NxTxD.shape[1]
-    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
-    same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
-    o_NxTxHxV = attend(query, key, value, (causal_TxS & same_NxTxS)[:, None])
+    o_NxTxHxV = attend(query, key, value, causal_within(segments_NxT))
     return o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1) @ self.out, cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):

@@ -45,18 +45,21 @@ def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
 
 
-def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
+def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
-  rows have ended.
+  rows have ended, each at the first eos_id, of which there may be several.
   """
   net = Transformer(model)
 
   def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
     batch, length = prompt_BxP.shape
     keys = row_keys(key, problem_B, group)
+
+    def ends(token):
+      return jnp.isin(token, jnp.array(eos_id))
 
     def choose(position, hidden):
       logits = net.apply(variables, hidden, method=net.logits)
@@ -86,12 +89,12 @@ def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
       token, logp = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logp)
       response = jax.lax.dynamic_update_slice_in_dim(response, token[..., None], t, axis=2)
       logps = jax.lax.dynamic_update_slice_in_dim(logps, logp[..., None], t, axis=2)
-      return t + 1, token, stopped | (token == eos_id), cache, response, logps
+      return t + 1, token, stopped | ends(token), cache, response, logps
 
     with jax.named_scope('decode'):
-      carry = (jnp.ones((), jnp.int32), token, token == eos_id, cache, response, logps)
+      carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps)
       _, _, stopped, _, response, logps = jax.lax.while_loop(going_on, step, carry)
-    ended = response == eos_id
+    ended = ends(response)
     length_BxG = jnp.where(stopped, jnp.argmax(ended, axis=-1) + 1, max_new).astype(jnp.int32)
     return Rollout(prompt_BxP, prompt_length_B, response, logps, length_BxG, stopped, problem_B)
 

@@ -48,6 +48,11 @@ def shardings(boxed, mesh: Mesh):
   return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def abstract(shapes, placed):
+  """Trees of shapes and of shardings as one tree of ShapeDtypeStruct: what programs are compiled from."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
   """Batches: `leading` whole axes, then one split over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES['batch']))
