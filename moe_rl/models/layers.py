@@ -20,7 +20,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """[..., A] times [A, B]: [..., B]. The product sees one leading axis: on CPU its backward is then 2.5 times faster."""
+  """[..., A] times [A, B]: [..., B]. The product sees one leading axis: its backward is 2.5 times faster so on CPU."""
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
