@@ -19,7 +19,7 @@ def get_config(preset: str = 'tiny'):
     config.init_from = 'embedded'
     config.optim.lr, config.optim.final_lr = 3e-4, 1e-4
     config.optim.warmup_steps, config.optim.beta2 = 10, 0.99  # Adam's first full-size steps can break the base's sums
-    config.rl.steps = 80
+    config.rl.steps = 100
     config.sampling.max_new_tokens = 72  # seven steps of two-digit sums take 63
     return config
   config.template = 'r1_zero'
