@@ -11,6 +11,7 @@ from moe_rl.data.templates import NAMES as TEMPLATES
 from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
 from moe_rl.models.hf_config import family
 
+MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
 STAGES = ('pretrain', 'rl', 'export')
 
 
@@ -84,7 +85,7 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
-  c.rl.microbatch_rows = 16
+  c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
 
   c.sampling = ml_collections.ConfigDict()  # of the rollouts
   c.sampling.temperature = 1.0
@@ -171,9 +172,10 @@ def _validate_pretrain(config, model, rows_over):
 
 def _validate_rl(config, model, rows_over):
   r, s, e = config.rl, config.sampling, config.eval
-  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs', 'microbatch_rows'))
+  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs'))
   positive('config.sampling', s, ('temperature', 'max_new_tokens'))
-  for key, value in (('sampling.max_prompt_tokens', s.max_prompt_tokens), ('rl.row_tokens', r.row_tokens)):
+  for key, value in (('sampling.max_prompt_tokens', s.max_prompt_tokens), ('rl.row_tokens', r.row_tokens),
+                     ('rl.microbatch_rows', r.microbatch_rows)):
     refuse(value < 0, f'config.{key} {value}: must be positive, or 0 to derive it')
   positive('config.eval', e, ('problems', 'samples', 'temperature'))
   positive('config.rewards', config.rewards, ('timeout_s', 'workers'))
@@ -215,8 +217,9 @@ def _validate_export(config, model, rows_over):
   return {'family': family(model), 'export_dtype': model.param_dtype}
 
 
-def with_lengths(config, longest_prompt: int):
-  """A copy with the lengths that were left to be derived, for a task whose longest kept prompt is `longest_prompt`."""
+def with_lengths(config, longest_prompt: int, rows_over: int = 1):
+  """A copy with the lengths that were left to be derived, for a task whose longest kept prompt is `longest_prompt`
+  tokens; rows_over: devices that rows are sharded over."""
   config = ml_collections.ConfigDict(config.to_dict())
   s, r = config.sampling, config.rl
   s.max_prompt_tokens = s.max_prompt_tokens or -(-longest_prompt // 8) * 8
@@ -225,6 +228,7 @@ def with_lengths(config, longest_prompt: int):
   refuse(r.row_tokens < length,
          f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (the longest prompt + '
          f'sampling.max_new_tokens): set it to {length} or more, or 0 to derive it')
+  r.microbatch_rows = r.microbatch_rows or max(1, MICROBATCH_TOKENS // r.row_tokens) * rows_over
   return config
 
 

@@ -105,12 +105,10 @@ def main(*arguments: str, **env) -> subprocess.CompletedProcess:
                         text=True, capture_output=True, timeout=LIMIT_S)
 
 
-def python(code: str, *arguments, **env) -> str:
-  """Runs a script of the tests in a process of its own and returns what it prints."""
-  done = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=environment(**env), text=True,
-                        capture_output=True, timeout=LIMIT_S)
-  assert done.returncode == 0, done.stdout + done.stderr
-  return done.stdout
+def start_python(code: str, *arguments, **env) -> subprocess.Popen:
+  """A script of the tests in a process of its own; output to pipes."""
+  return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=environment(**env),
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_rl.models.attention import MLA, LatentCache
+from moe_rl.models.attention import MLA, QUERY_BLOCK, LatentCache, attend
 from moe_rl.models.config import Yarn, preset, yarn_magnitude
 from moe_rl.models.rope import frequencies, rotate, yarn_range
 from moe_rl.models.transformer import Transformer, init
@@ -282,3 +282,20 @@ def test_interleaved_rotation_equals_half_split_on_permuted_weights():
   query, key = (rotate(x @ w[:, half_split], jnp.asarray(positions), config) for w in (w_query, w_key))
   np.testing.assert_allclose(query @ key.T, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())  # float32 angles
   np.testing.assert_allclose(query, interleaved(x @ w_query)[:, half_split], rtol=0, atol=1e-3)  # of size 10
+
+
+def test_long_rows_go_by_blocks_and_give_the_defined_attention_and_its_gradients():
+  """The length is no multiple of the block and segments cross its edges. Sums over 600 keys in another order: 1e-5 of
+  the largest entry."""
+  length = 2 * QUERY_BLOCK + 88
+  q, k, v, weight = jax.random.normal(jax.random.key(0), (4, 1, length, 2, 4))
+  segment = np.searchsorted([100, 300, 512], np.arange(length), side='right')
+  visible = jnp.asarray((segment[:, None] == segment) & np.tri(length, dtype=bool))[None, None]
+
+  def defined(q, k, v):
+    score = jnp.where(visible, jnp.einsum('nthd,nshd->nhts', q, k), -jnp.inf)
+    return jnp.einsum('nhts,nshd->nthd', jax.nn.softmax(score, axis=-1), v)
+  got, pull = jax.vjp(lambda *x: attend(*x, visible), q, k, v)
+  wanted, pull_wanted = jax.vjp(defined, q, k, v)
+  for a, b in zip((got, *pull(weight)), (wanted, *pull_wanted(weight)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

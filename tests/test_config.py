@@ -17,7 +17,7 @@ import safetensors.numpy
 from moe_rl import config as configs
 from moe_rl.data.corpus import Mix
 from moe_rl.data.tokenizer import load_tokenizer
-from moe_rl.main import launch
+from moe_rl.main import launch, load_experiment
 from moe_rl.models.config import PRESETS, ModelConfig, own_fields
 from moe_rl.models.weights import save_weights
 from moe_rl.runtime.mesh import make_mesh
@@ -303,3 +303,13 @@ def test_an_experiment_changes_values_and_adds_no_key(path):
   for preset in PRESETS:
     config = runs.load_experiment(str(runs.ROOT / 'experiments' / path), preset)
     assert keys(config).keys() == keys(configs.base_config(preset)).keys()
+
+
+def test_a_microbatch_is_about_2048_tokens_a_device_whatever_the_width_of_a_row():
+  config = load_experiment('experiments/r1_zero.py')
+  sizes = {}
+  for prompt, devices in ((24, 1), (24, 8), (952, 1), (952, 8), (4000, 1)):
+    r = configs.with_lengths(config, prompt, devices).rl
+    sizes[prompt, devices] = (r.row_tokens, r.microbatch_rows)
+  assert sizes == {(24, 1): (128, 16), (24, 8): (128, 128), (952, 1): (1024, 2), (952, 8): (1024, 16),
+                   (4000, 1): (4080, 1)}

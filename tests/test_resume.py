@@ -3,6 +3,7 @@
 Equal means bit for bit: the same programs run on the same bytes, so there is no tolerance anywhere in this file.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -65,10 +66,8 @@ class Interrupted:
   resumed: int
 
 
-@pytest.fixture(scope='module')
-def interrupted(tmp_path_factory) -> Interrupted:
+def interrupt_rl(workdir) -> Interrupted:
   """The last process compiles everything anew: the claim is not that of a compilation cache."""
-  workdir = tmp_path_factory.mktemp('interrupted') / 'run'
   code = interrupt(runs.start('r1_zero.py', runs.rl_changes(), workdir), workdir, signal.SIGTERM, 3)
   left = runs.summary(workdir), runs.checkpoints(workdir)[-1], runs.metrics(workdir)[-1]['step']
   again = runs.start('r1_zero.py', runs.rl_changes(), workdir)
@@ -80,6 +79,31 @@ def interrupted(tmp_path_factory) -> Interrupted:
   shutil.copytree(workdir / 'checkpoints' / str(newest) / 'host', half / 'host', dirs_exist_ok=True)
   done = runs.finish(runs.start('r1_zero.py', runs.rl_changes(), workdir, cached=False))
   return Interrupted(workdir, code, *left, int(re.search(r'resumed at step ([1-9]\d*)', done.stdout)[1]))
+
+
+def interrupt_pretraining(workdir) -> pathlib.Path:
+  """The workdir of a pre-training run that was killed and run to its end."""
+  process = runs.start('pretrain.py', runs.PRETRAIN, workdir)
+  assert interrupt(process, workdir, signal.SIGKILL, 23) == -signal.SIGKILL
+  assert not (workdir / 'base.safetensors').exists()
+  runs.finish(runs.start('pretrain.py', runs.PRETRAIN, workdir))
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+  """Both stages interrupted, side by side, since a start is mostly work of one core."""
+  folder = tmp_path_factory.mktemp('interrupted')
+  runs.trained()
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    rl = pool.submit(interrupt_rl, folder / 'rl')
+    pretraining = pool.submit(interrupt_pretraining, folder / 'pretrain')
+  return rl.result(), pretraining.result()
+
+
+@pytest.fixture(scope='module')
+def interrupted(both) -> Interrupted:
+  return both[0]
 
 
 def test_the_run_under_test_learns():
@@ -127,12 +151,8 @@ def test_rl_told_to_stop_finishes_its_step_saves_and_ends_well(interrupted):
   assert interrupted.saved == interrupted.logged == interrupted.stopped['steps']
 
 
-def test_pretraining_killed_and_resumed_writes_the_same_base(tmp_path):
-  workdir, wanted = tmp_path / 'run', runs.pretrained()[0]
-  process = runs.start('pretrain.py', runs.PRETRAIN, workdir)
-  assert interrupt(process, workdir, signal.SIGKILL, step=23) == -signal.SIGKILL
-  assert not (workdir / 'base.safetensors').exists()
-  runs.finish(runs.start('pretrain.py', runs.PRETRAIN, workdir))
+def test_pretraining_killed_and_resumed_writes_the_same_base(both):
+  workdir, wanted = both[1], runs.pretrained()[0]
   assert (workdir / 'base.safetensors').read_bytes() == (wanted / 'base.safetensors').read_bytes()
   assert_same_run(workdir, wanted)
 

@@ -149,7 +149,8 @@ def test_every_jitted_function_is_listed_and_compiles_from_abstract_arguments_to
   """The runs have left each program they compiled in a cache, addressed by its text, shapes and shardings. Lowered from
   the list alone, in a process without a single array, every program is found there: the real calls have its shapes."""
   runs.trained()
-  found = json.loads(runs.python(LOWER_THE_LIST, json.dumps({'pretrain': runs.PRETRAIN, 'r1_zero': runs.rl_changes()})))
+  found = runs.start_python(LOWER_THE_LIST, json.dumps({'pretrain': runs.PRETRAIN, 'r1_zero': runs.rl_changes()}))
+  found = json.loads(runs.finish(found).stdout)
   assert set(found) == {'pretrain/init', 'pretrain/pretrain update', 'r1_zero/init', 'r1_zero/rollout',
                         'r1_zero/evaluation', 'r1_zero/GRPO update'}
   assert all(entry == {'hits': 1, 'misses': 0, 'memory': True} for entry in found.values()), found

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import RMSNorm, weight
+from moe_rl.models.layers import RMSNorm, product, weight
 from moe_rl.models.rope import rotate
 
 LATENT_NORM_EPS = 1e-6  # both latent norms, whatever norm_eps says: the released models were run like that
+QUERY_BLOCK, MOST_BLOCKS = 256, 16  # queries in a block of `attend`, and the most blocks a row is cut into
 MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 
 
@@ -34,12 +35,22 @@ class LatentCache:
   own_length: jax.Array
 
 
-def attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
-  """softmax(q k) v with float32 scores; every query sees at least one key. Returns [N, T, H, V].
+def attend(query_NxTxHxK, key_NxTxHxK, value_NxTxHxV, visible_Nx1xTxT):
+  """softmax(q k) v with float32 scores, causal; every query sees at least one key. Returns [N, T, H, V].
 
-  Heads lead in the products and the sum of weights divides the output rather than the weights: on CPU half the time
-  of the textbook order.
+  Long rows go by blocks of queries, each with the keys up to its end: half the work, and scores of one block in memory.
   """
+  length = query_NxTxHxK.shape[1]
+  block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+  ends = [*range(block, length, block), length]
+  out = [_attend(query_NxTxHxK[:, start:end], key_NxTxHxK[:, :end], value_NxTxHxV[:, :end],
+                 visible_Nx1xTxT[:, :, start:end, :end]) for start, end in zip([0, *ends], ends, strict=False)]
+  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
+def _attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
+  """Heads lead in the products and the sum of weights divides the output rather than the weights: on CPU half the time
+  of the textbook order."""
   q, k, v = (a.swapaxes(1, 2) for a in (query_NxTxHxK, key_NxSxHxK, value_NxSxHxV))
   score = jnp.einsum('nhtd,nhsd->nhts', q, k, preferred_element_type=jnp.float32)
   score = score + jnp.where(visible_Nx1xTxS, 0.0, MASKED)
@@ -78,14 +89,14 @@ class MLA(nn.Module):
   def queries(self, x, positions):
     """[..., D] -> content [..., H, nope] and rotated [..., H, R] parts."""
     c = self.config
-    q = self.q_norm(x @ self.q_down) @ self.q_up if c.q_lora else x @ self.q
+    q = product(self.q_norm(product(x, self.q_down)), self.q_up) if c.q_lora else product(x, self.q)
     q = q.reshape(*x.shape[:-1], c.heads, c.qk_dim)
     return q[..., :c.nope_dim], rotate(q[..., c.nope_dim:], positions, c)
 
   def cells(self, x, positions):
     """[..., D] -> [..., Z]: the normed latent beside the rotated shared key, as the cache holds them."""
     c = self.config
-    down = x @ self.kv_down
+    down = product(x, self.kv_down)
     latent, key = self.kv_norm(down[..., :c.kv_lora]), rotate(down[..., c.kv_lora:], positions, c)
     return jnp.concatenate([latent, key], axis=-1)
 
@@ -105,13 +116,13 @@ class MLA(nn.Module):
     q_nope, q_rope = self.queries(x_NxTxD, positions_NxT)
     cells_NxTxZ = self.cells(x_NxTxD, positions_NxT)
     latent, k_rope = cells_NxTxZ[..., :c.kv_lora], cells_NxTxZ[..., c.kv_lora:]
-    up = (latent @ self.kv_up).reshape(*latent.shape[:2], c.heads, c.nope_dim + c.v_dim)
+    up = product(latent, self.kv_up).reshape(*latent.shape[:2], c.heads, c.nope_dim + c.v_dim)
     k_nope, value = up[..., :c.nope_dim], up[..., c.nope_dim:]
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.rope_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1) * c.softmax_scale
     key = jnp.concatenate([k_nope, k_rope], axis=-1)
     o_NxTxHxV = attend(query, key, value, causal_within(segments_NxT))
-    return o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1) @ self.out, cells_NxTxZ
+    return product(o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
     """Absorbed attention of one new token a completion; reads the cache, returns the cell to be written.
@@ -142,4 +153,4 @@ class MLA(nn.Module):
       + p_new * cell_BxGxZ[:, :, None])
     o_BxGxHxC = o_BxGxHxZ[..., :c.kv_lora]
     o = jnp.einsum('bghc,chd->bghd', o_BxGxHxC, up_v)
-    return o.reshape(*x_BxGxD.shape[:2], -1) @ self.out, cell_BxGxZ
+    return product(o.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moe_rl.models.attention import MASKED, attend, causal_within
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import RMSNorm, weight
+from moe_rl.models.layers import RMSNorm, product, weight
 from moe_rl.models.rope import rotate
 
 
@@ -41,14 +41,14 @@ class GQA(nn.Module):
   def queries(self, x, positions):
     """[..., D] -> [..., H, d], turned."""
     c = self.config
-    q = x @ self.q + self.q_bias if c.qkv_bias else x @ self.q
+    q = product(x, self.q) + self.q_bias if c.qkv_bias else product(x, self.q)
     q = q.reshape(*x.shape[:-1], c.heads, c.head_dim)
     return rotate(self.q_norm(q) if c.qk_norm else q, positions, c)
 
   def cells(self, x, positions):
     """[..., D] -> [..., Z]: turned keys beside values, as the cache holds them."""
     c = self.config
-    k, v = x @ self.k, x @ self.v
+    k, v = product(x, self.k), product(x, self.v)
     if c.qkv_bias:
       k, v = k + self.k_bias, v + self.v_bias
     k = k.reshape(*x.shape[:-1], c.kv_heads, c.head_dim)
@@ -72,7 +72,7 @@ class GQA(nn.Module):
     cells_NxTxZ = self.cells(x_NxTxD, positions_NxT)
     key, value = (jnp.repeat(a, c.heads // c.kv_heads, axis=2) for a in self.keys_values(cells_NxTxZ))
     o_NxTxHxd = attend(query, key, value, causal_within(segments_NxT))
-    return o_NxTxHxd.reshape(*x_NxTxD.shape[:2], -1) @ self.out, cells_NxTxZ
+    return product(o_NxTxHxd.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
     """Attention of one new token a completion; reads the cache, returns the cell to be written.
@@ -96,4 +96,4 @@ class GQA(nn.Module):
     parts = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
     o_BxGxJxMxd = sum(jnp.einsum(f'bgjmp,{a}->bgjmd', p, value)
                       for a, p, value in zip(axes, parts, values, strict=True))
-    return o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1) @ self.out, cell_BxGxZ
+    return product(o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ

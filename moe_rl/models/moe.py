@@ -8,6 +8,7 @@ forms of the same sum, chosen by shape and backend:
 """
 
 import functools
+import math
 
 import flax
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from moe_rl.models.config import ModelConfig
 from moe_rl.models.layers import SwiGLU, weight
 
-CAPACITY_FACTOR = 1.5  # of the even share, for one round; on CPU the buffer's padding costs less than a second round
+FIRST_ROUND, FURTHER_ROUNDS = 1.25, 0.25  # buffer of an expert, over its even share of the pairs
 DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
 
 
@@ -147,23 +148,31 @@ def _plan(picked, num_experts):
   return order, first_E, count_E, rank
 
 
-def _capacity(pairs: int, num_experts: int) -> int:
+def _capacities(pairs: int, num_experts: int) -> tuple[int, int]:
+  """Slots an expert in the first round, and in each further one."""
   even = -(-pairs // num_experts)
-  return min(pairs, -(-int(even * CAPACITY_FACTOR) // 8) * 8)
+  return tuple(min(pairs, -(-math.ceil(even * factor) // 8) * 8) for factor in (FIRST_ROUND, FURTHER_ROUNDS))
 
 
-def _round(plan, picked, r, capacity, num_experts):
-  """Round r's gather indices, and their inverse.
+def _over_rounds(body, total, count_E, capacities):
+  """total = body(total, ranks from, ranks up to) for as many rounds as the fullest expert needs."""
+  first, further = capacities
+  rounds = -(-jnp.maximum(count_E.max() - first, 0) // further)
+  return jax.lax.fori_loop(0, rounds, lambda r, total: body(total, first + r * further, further), body(total, 0, first))
+
+
+def _round(plan, picked, start, capacity, num_experts):
+  """Gather indices of the round for ranks start .. start + capacity in each expert, and their inverse.
 
   pair_ExC: which pair sits in a slot (any, where not used); used_ExC: bool; slot_NxK: where a pair sits, E * C for
   pairs of another round.
   """
   order, first_E, count_E, rank_NxK = plan
-  rank_C = r * capacity + jnp.arange(capacity)
+  rank_C = start + jnp.arange(capacity)
   used_ExC = rank_C < count_E[:, None]
   pair_ExC = order[jnp.minimum(first_E[:, None] + rank_C, picked.size - 1)]
-  here = (rank_NxK >= r * capacity) & (rank_NxK < (r + 1) * capacity) & (picked < num_experts)
-  slot_NxK = jnp.where(here, picked * capacity + rank_NxK - r * capacity, num_experts * capacity)
+  here = (rank_NxK >= start) & (rank_NxK < start + capacity) & (picked < num_experts)
+  slot_NxK = jnp.where(here, picked * capacity + rank_NxK - start, num_experts * capacity)
   return pair_ExC, used_ExC, slot_NxK
 
 
@@ -187,47 +196,44 @@ def _rounds(x, gate, w_gate, w_up, w_down, picked):
 
 def _rounds_forward(x, gate, w_gate, w_up, w_down, picked):
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
-  capacity = _capacity(picked.size, num_experts)
   plan = _plan(picked, num_experts)
+  w_in = jnp.concatenate([w_gate, w_up], axis=-1)  # one product is faster than two
 
-  def body(r, y):
-    pair, used, slot = _round(plan, picked, r, capacity, num_experts)
-    rows = x[pair // top_k]
-    hidden = nn.silu(_mm(rows, w_gate)) * _mm(rows, w_up)
-    out = _mm(hidden, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
+  def body(y, start, capacity):
+    pair, used, slot = _round(plan, picked, start, capacity, num_experts)
+    a, b = jnp.split(_mm(x[pair // top_k], w_in), 2, axis=-1)
+    out = _mm(nn.silu(a) * b, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
     return y + _take_slots(out, slot)
-  rounds = -(-plan[2].max() // capacity)
-  return jax.lax.fori_loop(0, rounds, body, jnp.zeros_like(x)), (x, gate, w_gate, w_up, w_down, picked)
+  y = _over_rounds(body, jnp.zeros_like(x), plan[2], _capacities(picked.size, num_experts))
+  return y, (x, gate, w_gate, w_up, w_down, picked)
 
 
 def _rounds_backward(saved, dy):
   x, gate, w_gate, w_up, w_down, picked = saved
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
-  capacity = _capacity(picked.size, num_experts)
   plan = _plan(picked, num_experts)
+  w_in = jnp.concatenate([w_gate, w_up], axis=-1)
 
-  def body(r, grads):
-    dx, dgate, dw_gate, dw_up, dw_down = grads
-    pair, used, slot = _round(plan, picked, r, capacity, num_experts)
+  def body(grads, start, capacity):
+    dx, dgate, dw_in, dw_down = grads
+    pair, used, slot = _round(plan, picked, start, capacity, num_experts)
     rows, dout = x[pair // top_k], dy[pair // top_k] * used[..., None]
     gate_slot = gate.reshape(-1)[pair][..., None]
-    a, b = _mm(rows, w_gate), _mm(rows, w_up)
+    a, b = jnp.split(_mm(rows, w_in), 2, axis=-1)
     sigmoid = nn.sigmoid(a)
     silu = a * sigmoid
     hidden = silu * b
     dhidden = _mm(dout, w_down.swapaxes(1, 2))
     dgate_slot = (dhidden * hidden).sum(-1)
     dhidden = dhidden * gate_slot
-    da = dhidden * b * (sigmoid + silu * (1 - sigmoid))
-    db = dhidden * silu
-    drows = _mm(da, w_gate.swapaxes(1, 2)) + _mm(db, w_up.swapaxes(1, 2))
+    dab = jnp.concatenate([dhidden * b * (sigmoid + silu * (1 - sigmoid)), dhidden * silu], axis=-1)
     return (
-      dx + _take_slots(drows, slot),
+      dx + _take_slots(_mm(dab, w_in.swapaxes(1, 2)), slot),
       dgate + dgate_slot.reshape(-1).at[slot].get(mode='fill', fill_value=0),
-      dw_gate + _outer(rows, da), dw_up + _outer(rows, db), dw_down + _outer(hidden * gate_slot, dout))
-  rounds = -(-plan[2].max() // capacity)
-  zeros = tuple(jnp.zeros_like(a) for a in (x, gate, w_gate, w_up, w_down))
-  return (*jax.lax.fori_loop(0, rounds, body, zeros), None)
+      dw_in + _outer(rows, dab), dw_down + _outer(hidden * gate_slot, dout))
+  zeros = tuple(jnp.zeros_like(a) for a in (x, gate, w_in, w_down))
+  dx, dgate, dw_in, dw_down = _over_rounds(body, zeros, plan[2], _capacities(picked.size, num_experts))
+  return dx, dgate, *jnp.split(dw_in, 2, axis=-1), dw_down, None
 
 
 _rounds.defvjp(_rounds_forward, _rounds_backward)

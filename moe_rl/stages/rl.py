@@ -109,7 +109,7 @@ def grade(pool: RewardPool, prompts, texts):
 def run(config, workdir, mesh) -> dict:
   """Trains to config.rl.steps from wherever the workdir is, and returns (and writes) the summary."""
   prompts = load_prompts(config, load_tokenizer(config.tokenizer))
-  lengths = configs.with_lengths(config, prompts.longest)
+  lengths = configs.with_lengths(config, prompts.longest, mesh.shape['data'] * mesh.shape['fsdp'])
   folder, config = Run(config, workdir), lengths
   if summary := folder.finished():
     folder.close()
