@@ -12,8 +12,6 @@ import dataclasses
 import json
 import sys
 
-import jax
-
 from moe_rl.models.checkpoints import open_checkpoint
 from moe_rl.models.hf_export import DTYPES, make_take
 from moe_rl.runtime import mesh as meshes
@@ -25,7 +23,7 @@ def run(init_from: str, out: str, form: str = 'bfloat16', tokenizer: str = '') -
   checkpoint = open_checkpoint(init_from)
   # FP8 is rounded once, from float32.
   model = dataclasses.replace(checkpoint.model, param_dtype='bfloat16' if form == 'bfloat16' else 'float32')
-  mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.local_devices()[:1])
+  mesh = meshes.one_device_mesh()
   return convert(checkpoint, model, out, form, tokenizer, mesh, make_take(mesh))
 
 

@@ -92,11 +92,11 @@ def _score(model, with_logits, variables, ids, token):
 
   def logits_of(hidden):
     return net.apply(variables, hidden, method=net.logits)
-  logp, _ = token_logprobs(logits_of, hidden[:, :-1], ids[:, 1:])
+  logits = logits_of(hidden) if with_logits else None
+  logp, _ = (token_logprobs(lambda logits: logits, logits[:, :-1], ids[:, 1:]) if with_logits else
+             token_logprobs(logits_of, hidden[:, :-1], ids[:, 1:]))
   out = {'logprobs': jnp.where(token[:, 1:] & token[:, :-1], logp, 0.0)}
-  if with_logits:
-    out['logits'] = jnp.where(token[..., None], logits_of(hidden), 0.0)
-  return out
+  return out | {'logits': jnp.where(token[..., None], logits, 0.0)} if with_logits else out
 
 
 @contextlib.contextmanager
@@ -133,14 +133,15 @@ def run(init_from: str, ids_path: str, out: str, with_logits: bool, pad_id: int 
   if path.suffix != '.npz' or path.is_dir() or not path.absolute().parent.is_dir():
     raise ValueError(f"--out '{out}': give the name of a .npz file in a folder that exists")
   token = tokens(ids, pad_id)
-  model = open_checkpoint(init_from).model
+  checkpoint = open_checkpoint(init_from)
+  model = checkpoint.model
   check_ids(ids, token, model.vocab_size, f"--ids '{ids_path}'")
   if ids.shape[1] > model.max_length:
     print(f'note: rows of {ids.shape[1]} ids, the model was made for {model.max_length} at most', file=sys.stderr)
   fsdp = math.gcd(model.width, jax.device_count())
   mesh = meshes.make_mesh(dict(data=jax.device_count() // fsdp, fsdp=fsdp, expert=1, tensor=1))
   model, variables = load_model(
-    init_from, mesh=mesh, compute_dtype=dtype, param_dtype=dtype, remat='none', mtp_layers=0)
+    checkpoint, mesh=mesh, compute_dtype=dtype, param_dtype=dtype, remat='none', mtp_layers=0)
   rows, length = ids.shape
   shapes = {'logits': (rows, length, model.vocab_size)} if with_logits else {}
   shapes['logprobs'] = (rows, length - 1)

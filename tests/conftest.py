@@ -18,6 +18,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope='session')
+def mesh():
+  """The mesh of a single device."""
+  from moe_rl.runtime.mesh import one_device_mesh
+  return one_device_mesh()
+
+
+@pytest.fixture(scope='session')
+def take(mesh):
+  """What an export takes tensors out with."""
+  from moe_rl.models.hf_export import make_take
+  return make_take(mesh)
+
+
+@pytest.fixture(scope='session')
 def shared_data() -> Path:
   """The folder of public problem files, `../shared/data` from the repository; skips where it is missing."""
   path = Path(__file__).resolve().parents[2] / 'shared' / 'data'

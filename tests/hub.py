@@ -19,7 +19,6 @@ from moe_rl.models.config import own_fields
 from moe_rl.models.hf_config import from_hf_config
 from moe_rl.models.hf_names import names
 from moe_rl.models.safetensors_io import read_folder, write_folder
-from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.run import Run
 from moe_rl.runtime.state import TrainState
 
@@ -33,11 +32,6 @@ def case_of(family: str, **fields) -> str:
 MTP = case_of('deepseek_v3', num_nextn_predict_layers=1)
 TIED, LLAMA, V2 = case_of('qwen2', tie_word_embeddings=True), case_of('llama'), case_of('deepseek_v2', q_lora_rank=24)
 FLOATS = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-
-
-def one_device():
-  """The mesh of a single device."""
-  return meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.devices()[:1])
 
 
 def random_tensor(name: str, slots: dict, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 import safetensors.numpy
-from hub import LLAMA, TIED, V2, assert_same_bits, flat, one_device, rewrite, saved_run, tensors_of, write_hub
+from hub import LLAMA, TIED, V2, assert_same_bits, flat, rewrite, saved_run, tensors_of, write_hub
 from tiny import tiny_model, tiny_variables
 
 from moe_rl.config import base_config
@@ -25,12 +25,6 @@ from moe_rl.runtime.run import CompileCounter
 from moe_rl.runtime.state import make_optimizer
 from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.start import Start
-
-
-@pytest.fixture(scope='module')
-def mesh():
-  return one_device()
-
 
 # Kinds of checkpoints.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from hub import LLAMA, assert_same_bits, flat, one_device, rewrite, saved_run, tensors_of, write_hub
+from hub import LLAMA, assert_same_bits, flat, rewrite, saved_run, tensors_of, write_hub
 from tiny import quick_jit, tiny_model, tiny_variables
 
 from moe_rl import export as export_command
@@ -27,16 +27,6 @@ from moe_rl.models.weights import EMBEDDED, save_weights
 from moe_rl.stages.export import Export
 
 Q_PROJ = 'model.layers.1.self_attn.q_proj.weight'
-
-
-@pytest.fixture(scope='module')
-def mesh():
-  return one_device()
-
-
-@pytest.fixture(scope='module')
-def take():
-  return hf_export.make_take(one_device())
 
 
 # Export.

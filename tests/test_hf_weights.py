@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 from families import CASES
-from hub import FLOATS, LLAMA, MTP, TIED, V2, assert_same_bits, flat, one_device, random_tensor, tensors_of, write_hub
+from hub import FLOATS, LLAMA, MTP, TIED, V2, assert_same_bits, flat, random_tensor, tensors_of, write_hub
 from tiny import tiny_model, tiny_variables
 
 from moe_rl.models import fp8, hf_export, hf_import
@@ -23,17 +23,6 @@ from moe_rl.models.hf_config import from_hf_config
 from moe_rl.models.hf_import import load_model
 from moe_rl.models.hf_names import SCALE, names
 from moe_rl.models.safetensors_io import INDEX, read_folder, write_folder
-
-
-@pytest.fixture(scope='module')
-def mesh():
-  return one_device()
-
-
-@pytest.fixture(scope='module')
-def take():
-  return hf_export.make_take(one_device())
-
 
 # Names.
 

@@ -67,6 +67,18 @@ def causal_within(segments_NxT) -> jax.Array:
   return (causal_TxS & same_NxTxS)[:, None]
 
 
+def decode_weights(prompt, own, new, prompt_length_B, own_length, dtype):
+  """Softmax over prompt cells, own cells and the new one together, as three arrays of `dtype`.
+
+  prompt, own, new: float32 scores [B, G, ..., cells]; visible: cells p < prompt_length_B, s < own_length and the new.
+  """
+  length = prompt_length_B.reshape(-1, *[1] * (prompt.ndim - 1))
+  prompt = jnp.where(jnp.arange(prompt.shape[-1]) < length, prompt, MASKED)
+  own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
+  p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(dtype)
+  return jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+
+
 class MLA(nn.Module):
   """Latent attention over x; see the module's text for the two forms."""
 
@@ -142,11 +154,7 @@ class MLA(nn.Module):
     prompt = scores('bpz,bghz->bpgh', prompt_BxPxZ).transpose(0, 2, 3, 1)
     own = scores('bgsz,bghz->bgsh', own_BxGxSxZ).swapaxes(2, 3)
     new = scores('bgz,bghz->bgh', cell_BxGxZ)[..., None]
-    in_prompt = jnp.arange(prompt.shape[-1]) < prompt_length_B[:, None, None, None]
-    prompt = jnp.where(in_prompt, prompt, MASKED)
-    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
-    p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(x_BxGxD.dtype)
-    p_prompt, p_own, p_new = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+    p_prompt, p_own, p_new = decode_weights(prompt, own, new, prompt_length_B, own_length, x_BxGxD.dtype)
     o_BxGxHxZ = (  # the rotated keys' columns come along and are cut off: cheaper than a cut copy of the cache
       jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ)
       + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)

@@ -8,10 +8,9 @@ Further axes by letter: J key and value heads, M = H / J queries of one key head
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from moe_rl.models.attention import MASKED, attend, causal_within
+from moe_rl.models.attention import attend, causal_within, decode_weights
 from moe_rl.models.config import ModelConfig
 from moe_rl.models.layers import RMSNorm, product, weight
 from moe_rl.models.rope import rotate
@@ -86,14 +85,10 @@ class GQA(nn.Module):
     keys, values = zip(*map(self.keys_values, (prompt_BxPxZ, own_BxGxSxZ, cell_BxGxZ[:, :, None])), strict=True)
     axes = ('bpjd', 'bgpjd', 'bgpjd')  # a group shares its prompt's cells
 
-    prompt, own, new = (
+    scores = (
       jnp.einsum(f'{a},bgjmd->bgjmp', key, q_BxGxJxMxd, preferred_element_type=jnp.float32) * c.softmax_scale
       for a, key in zip(axes, keys, strict=True))
-    in_prompt = jnp.arange(prompt.shape[-1]) < prompt_length_B[:, None, None, None, None]
-    prompt = jnp.where(in_prompt, prompt, MASKED)
-    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
-    p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(x_BxGxD.dtype)
-    parts = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+    parts = decode_weights(*scores, prompt_length_B, own_length, x_BxGxD.dtype)
     o_BxGxJxMxd = sum(jnp.einsum(f'bgjmp,{a}->bgjmd', p, value)
                       for a, p, value in zip(axes, parts, values, strict=True))
     return product(o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ

@@ -30,20 +30,19 @@ READERS = min(16, os.cpu_count() or 1)  # threads: one waits for the disk while 
 Index = tuple[tuple[int, int], ...]  # from, to along each axis: the part of an array that a device holds
 
 
-def load_model(path: str | os.PathLike, *, mesh=None, **model_changes) -> tuple[ModelConfig, dict]:
-  """(config, {'params': …, 'router': …}) of a checkpoint of any kind, see `checkpoints.open_checkpoint`.
+def load_model(path: str | os.PathLike | Checkpoint, *, mesh=None, **model_changes) -> tuple[ModelConfig, dict]:
+  """(config, {'params': …, 'router': …}) of a checkpoint of any kind, see `checkpoints.open_checkpoint`, or of one
+  that is open already.
 
   mesh: where the arrays go, by the one sharding table; one device if None. model_changes: fields of ModelConfig in
   place of the checkpoint's: how it runs (param_dtype, compute_dtype, remat, …), or mtp_layers=0 to leave the prediction
   module. Raises ValueError, naming path, tensor and remedy, for what is missing, superfluous, or of another shape or
   dtype, all of it before any data is read.
   """
-  checkpoint = open_checkpoint(path)
+  checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
   model = dataclasses.replace(checkpoint.model, **model_changes)
   check(checkpoint, model)
-  if mesh is None:
-    mesh = meshes.make_mesh(dict.fromkeys(meshes.AXES, 1), jax.local_devices()[:1])
-  return model, load_variables(checkpoint, model, abstract_variables(model, mesh))
+  return model, load_variables(checkpoint, model, abstract_variables(model, mesh or meshes.one_device_mesh()))
 
 
 def abstract_variables(model: ModelConfig, mesh) -> dict:

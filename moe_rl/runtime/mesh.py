@@ -26,6 +26,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
   return Mesh(devices.reshape([sizes[a] for a in AXES]), AXES)
 
 
+def one_device_mesh() -> Mesh:
+  """This host's first device alone."""
+  return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+
+
 def spec(logical: tuple[str | None, ...], rules=None) -> PartitionSpec:
   """Mesh axes of an array's logical axes. Raises ValueError for an unknown axis, or when two want one mesh axis."""
   rules, taken, out = rules or RULES, {}, []

@@ -49,7 +49,7 @@ def make_optimizer(config, updates: int) -> optax.GradientTransformation:
 
 
 def make_state(model: ModelConfig, optimizer, key: jax.Array, reference: bool) -> TrainState:
-  """A fresh state, parameters boxed with their logical axes (`abstract_state` and `born` unbox it)."""
+  """A fresh state, parameters boxed with their logical axes (`abstract_state` and `make_init` unbox it)."""
   variables = transformer.init(model, key)
   params = variables['params']
   return TrainState(jnp.zeros((), jnp.int32), params, variables.get('router', {}), optimizer.init(params),
@@ -63,10 +63,8 @@ def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
   return meshes.abstract(nn.unbox(boxed), shardings), shardings
 
 
-def make_init(model: ModelConfig, optimizer, mesh, seed: int, reference: bool):
+def make_init(model: ModelConfig, optimizer, shardings: TrainState, seed: int, reference: bool):
   """() -> the random initial state, jitted: each device computes its own shard only."""
-  _, shardings = abstract_state(model, optimizer, mesh, reference)
-
   def init():
     return nn.unbox(make_state(model, optimizer, key_for(seed, 'init'), reference))
   return jax.jit(init, out_shardings=shardings)
@@ -78,11 +76,6 @@ def make_adopt(optimizer, shardings: TrainState, reference: bool):
     return jnp.zeros((), jnp.int32), optimizer.init(params), jax.tree.map(jnp.copy, params) if reference else {}
   return jax.jit(adopt, in_shardings=(shardings.params,),
                  out_shardings=(shardings.step, shardings.opt_state, shardings.reference))
-
-
-def born(model: ModelConfig, optimizer, mesh, seed: int, reference: bool) -> TrainState:
-  """The random initial state."""
-  return make_init(model, optimizer, mesh, seed, reference)()
 
 
 def copied(tree):

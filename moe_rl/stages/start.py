@@ -20,7 +20,7 @@ class Start:
     self.init_from, self.model = config.init_from, model
     self.abstract, self.shardings = abstract_state(model, optimizer, mesh, reference)
     self.init = (make_adopt(optimizer, self.shardings, reference) if config.init_from else
-                 make_init(model, optimizer, mesh, config.seed, reference))
+                 make_init(model, optimizer, self.shardings, config.seed, reference))
 
   def program(self) -> Program:
     return Program('init', self.init, (self.abstract.params,) if self.init_from else ())
