@@ -16,7 +16,8 @@ import sentencepiece
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 TINY = ASSETS / 'tiny_tokenizer.model'
-WHOLE = ('<think>', '</think>', '<answer>', '</answer>', 'User:', 'Assistant:', 'wait', 'check', 'easy', 'sure', 'hm')
+WHOLE = ('<think>', '</think>', '<answer>', '</answer>', 'User:', 'Assistant:', ' then ', ' wait ', ' check ', 'easy',
+         'sure', 'hm', '然后', '等等', '检查', '简单')
 PRINTABLE = ''.join(chr(c) for c in range(32, 127))
 KINDS = "'tiny' or the path of a .model file, of a tokenizer.json or of a folder that has one of them"
 PER_BYTE = 'moe_rl.replace_per_byte'  # sentencepiece's way with broken UTF-8: a U+FFFD for every byte, not one a run
@@ -216,7 +217,7 @@ def train_tiny() -> bytes:
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([PRINTABLE]), model_writer=out, model_type='char',
     vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, pad_id=0, eos_id=1,
-    unk_id=2, bos_id=-1, pad_piece='<pad>', eos_piece='<eos>', user_defined_symbols=['\n', *WHOLE],
+    unk_id=2, bos_id=-1, pad_piece='<pad>', eos_piece='<eos>', user_defined_symbols=['\n', *(word.replace(' ', '▁') for word in WHOLE)],
     normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
     minloglevel=2)
   return out.getvalue()

@@ -198,7 +198,7 @@ _LLAMA = dict(
 PRESETS: dict[str, dict] = {
   'tiny': dict(
     vocab_size=384, layers=3, dense_layers=1, width=128, dense_ff=256, heads=4, q_lora=0, kv_lora=64,
-    nope_dim=24, rope_dim=8, v_dim=32, experts=8, shared_experts=1, top_k=2, expert_ff=96,
+    nope_dim=16, rope_dim=16, v_dim=32, experts=8, shared_experts=1, top_k=2, expert_ff=96, rope_theta=200.0,
     groups=1, kept_groups=1, route_scale=1.0, mtp_layers=1, init_std=0.04, max_length=1024),
   'small': dict(
     vocab_size=8192, layers=12, dense_layers=1, width=512, dense_ff=2048, heads=8, q_lora=256, kv_lora=128,
