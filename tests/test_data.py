@@ -203,7 +203,8 @@ def test_slips_second_passes_and_guesses_have_the_rates_of_the_mix(documents):
 def test_working_without_a_slip_gives_the_right_answer(documents):
   for match in filter(None, map(WELL_FORMED.fullmatch, documents)):
     steps = PASSED.split(match[2])
-    if '=' in match[2] and not re.search('check|wait|检查|等等', match[2]) and all(eval(s.replace('=', '==')) for s in steps):
+    once = '=' in match[2] and not re.search('check|wait|检查|等等', match[2])
+    if once and all(eval(s.replace('=', '==')) for s in steps):
       assert [int(s.split('=')[1]) for s in steps] == totals_of(match[1])[1:]
       assert int(match[3]) == totals_of(match[1])[-1]
 

@@ -217,7 +217,8 @@ def train_tiny() -> bytes:
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([PRINTABLE]), model_writer=out, model_type='char',
     vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, pad_id=0, eos_id=1,
-    unk_id=2, bos_id=-1, pad_piece='<pad>', eos_piece='<eos>', user_defined_symbols=['\n', *(word.replace(' ', '▁') for word in WHOLE)],
+    unk_id=2, bos_id=-1, pad_piece='<pad>', eos_piece='<eos>',
+    user_defined_symbols=['\n', *(word.replace(' ', '▁') for word in WHOLE)],
     normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
     minloglevel=2)
   return out.getvalue()
