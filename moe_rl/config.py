@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 
 import ml_collections
 
@@ -10,6 +11,7 @@ from moe_rl.data.tasks import Chain
 from moe_rl.data.templates import NAMES as TEMPLATES
 from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
 from moe_rl.models.hf_config import family
+from moe_rl.runtime.mesh import TRAINING
 
 MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
 STAGES = ('pretrain', 'rl', 'export')
@@ -59,6 +61,7 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.optim.beta1 = 0.9
   c.optim.beta2 = 0.95
   c.optim.weight_decay = 0.0  # on matrices
+  c.optim.moment_dtype = 'float32'  # of Adam's two moments between updates; V3 has 'bfloat16'
   c.optim.clip_norm = 1.0  # global gradient norm; 0: off
 
   c.pretrain = ml_collections.ConfigDict()
@@ -140,15 +143,10 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
          f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
          f'set it to {vocab_size} or more')
   sizes = mesh_sizes(config, devices)
-  for axis, whats in (('fsdp', ('width',)), ('expert', ('experts',)),
-                      ('tensor', ('heads', 'dense_ff', 'expert_ff', 'vocab_size'))):
-    for what in whats:
-      divides(f'config.model.{what}', getattr(model, what), f'config.mesh.{axis}', sizes[axis])
-  refuse(model.kv_heads * model.head_dim % sizes['tensor'],
-         f"config.mesh.tensor {sizes['tensor']} does not divide config.model.kv_heads x head_dim "
-         f'({model.kv_heads * model.head_dim}): set it to a divisor of that')
-  rows_over = sizes['data'] * sizes['fsdp']
+  check_table(model, sizes)
+  rows_over = sizes['data'] * sizes['fsdp'] * sizes['expert']
   o = config.optim
+  choose('config.optim.moment_dtype', o.moment_dtype, ('float32', 'bfloat16'))
   refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
   refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
   refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
@@ -157,12 +155,27 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
   return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
 
 
+def check_table(model: ModelConfig, sizes: dict[str, int]):
+  """Raises ValueError where a weight does not divide over the mesh axes that the sharding table gives it."""
+  def over(logical):
+    return f'config.mesh {" x ".join(TRAINING[logical])}', math.prod(sizes[axis] for axis in TRAINING[logical])
+  for logical, what in (('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'),
+                        ('head_work', 'heads'), ('mlp', 'dense_ff'), ('vocab', 'vocab_size')):
+    divides(f'config.model.{what}', getattr(model, what), *over(logical))
+  columns = {'heads x qk_dim': model.heads * model.qk_dim, 'heads x v_dim': model.heads * model.v_dim}
+  if model.attention == 'gqa':
+    columns = {'kv_heads x head_dim': model.kv_heads * model.head_dim}
+  for what, count in columns.items():
+    where, axes = over('heads')
+    refuse(count % axes, f'{where} ({axes}) does not divide config.model.{what} ({count}): take a divisor of that')
+
+
 def _validate_pretrain(config, model, rows_over):
   p = config.pretrain
   positive('config.pretrain', p, ('steps', 'rows_per_step', 'row_tokens', 'microbatch_rows'))
   corpus_mix(config)
   divides('config.pretrain.rows_per_step', p.rows_per_step, 'config.pretrain.microbatch_rows', p.microbatch_rows)
-  divides('config.pretrain.microbatch_rows', p.microbatch_rows, 'the mesh (data x fsdp)', rows_over)
+  divides('config.pretrain.microbatch_rows', p.microbatch_rows, 'the mesh (data x fsdp x expert)', rows_over)
   refuse(p.row_tokens > model.max_length,
          f'config.pretrain.row_tokens {p.row_tokens} exceeds config.model.max_length {model.max_length}')
   tokens = p.rows_per_step * p.row_tokens
@@ -185,8 +198,8 @@ def _validate_rl(config, model, rows_over):
   choose('config.task.name', config.task.name, ('chain', 'gsm8k', 'math', 'countdown', 'jsonl'))
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
-  divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp)', rows_over)
-  divides('config.rl.microbatch_rows', r.microbatch_rows, 'the mesh (data x fsdp)', rows_over)
+  divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp x expert)', rows_over)
+  divides('config.rl.microbatch_rows', r.microbatch_rows, 'the mesh (data x fsdp x expert)', rows_over)
   for section, v in (('sampling', s), ('eval', e)):
     refuse(not 0 < v.top_p <= 1, f'config.{section}.top_p {v.top_p} must be in (0, 1]')
   refuse(not 0 <= s.top_k <= model.vocab_size, f'config.sampling.top_k {s.top_k} must be in 0..{model.vocab_size}')

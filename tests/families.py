@@ -142,7 +142,7 @@ class Ours:
     flat = flax.traverse_util.flatten_dict({'params': gradients}, sep='/')
     self.gradients = {name: float(np.linalg.norm(np.asarray(flat[slot.path][slot.index], np.float64)))
                       for name, slot in names(self.config).items() if slot.path in flat and not slot.copy}
-    sampler = make_sampler(self.config, group=1, max_new=NEW, eos_id=-1, top_k=1)
+    sampler = make_sampler(Transformer(self.config), group=1, max_new=NEW, eos_id=-1, top_k=1)
     rollout = jax.jit(sampler, compiler_options=quick)(
       self.variables, prompts(), PROMPTS, np.arange(3, dtype=np.int32), jax.random.key(0))
     self.greedy = np.asarray(rollout.response_BxGxS)[:, 0]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_rl.models.attention import MLA, QUERY_BLOCK, LatentCache, attend
+from moe_rl.models.attend import QUERY_BLOCK, attend
+from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import Yarn, preset, yarn_magnitude
 from moe_rl.models.rope import frequencies, rotate, yarn_range
 from moe_rl.models.transformer import Transformer, init
@@ -295,7 +296,7 @@ def test_long_rows_go_by_blocks_and_give_the_defined_attention_and_its_gradients
   def defined(q, k, v):
     score = jnp.where(visible, jnp.einsum('nthd,nshd->nhts', q, k), -jnp.inf)
     return jnp.einsum('nhts,nshd->nthd', jax.nn.softmax(score, axis=-1), v)
-  got, pull = jax.vjp(lambda *x: attend(*x, visible), q, k, v)
+  got, pull = jax.vjp(lambda *x: attend(*x, jnp.asarray(segment)[None]), q, k, v)
   wanted, pull_wanted = jax.vjp(defined, q, k, v)
   for a, b in zip((got, *pull(weight)), (wanted, *pull_wanted(weight)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

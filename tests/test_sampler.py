@@ -49,7 +49,7 @@ def jit_for(setting):
 @functools.cache
 def sampler(setting):
   model, sampling = SETTINGS[setting]
-  return jit_for(setting)(make_sampler(model, group=GROUP, max_new=MAX_NEW, eos_id=EOS, **sampling))
+  return jit_for(setting)(make_sampler(Transformer(model), group=GROUP, max_new=MAX_NEW, eos_id=EOS, **sampling))
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def test_the_order_of_the_prompts_changes_no_token():
 
 
 def test_a_prompt_alone_and_unpadded_with_fewer_completions_gets_the_same_tokens_as_among_others():
-  alone = quick_jit(make_sampler(MODEL, group=2, max_new=MAX_NEW, eos_id=EOS))
+  alone = quick_jit(make_sampler(Transformer(MODEL), group=2, max_new=MAX_NEW, eos_id=EOS))
   for b in (0, 3):  # both padded to width 5, for one compilation
     got = alone(weights(MODEL), PROMPTS[b:b + 1, :5], LENGTHS[b:b + 1], PROBLEMS[b:b + 1], STEP_0)
     np.testing.assert_array_equal(got.response_BxGxS[0], sampled('T=1').response_BxGxS[b, :2])
@@ -219,7 +219,7 @@ def test_decoding_stops_when_the_last_answer_is_done(monkeypatch):
     jax.debug.callback(decoded.append, cache.own_length)
     return original(self, ids, cache)
   monkeypatch.setattr(Transformer, 'decode', counting)
-  sample = quick_jit(make_sampler(MODEL, group=GROUP, max_new=MAX_NEW, eos_id=EOS))
+  sample = quick_jit(make_sampler(Transformer(MODEL), group=GROUP, max_new=MAX_NEW, eos_id=EOS))
 
   def run(gain):
     decoded.clear()
@@ -246,7 +246,7 @@ def test_decoding_stops_when_the_last_answer_is_done(monkeypatch):
 def test_first_tokens_are_distributed_as_the_softmax():
   # 4096 samples of one prompt: 64 problem ids x 64 completions, so that the noise of both addresses is tested.
   prompts, lengths = np.repeat(PROMPTS[3:4], 64, axis=0), np.repeat(LENGTHS[3:4], 64)
-  sample = quick_jit(make_sampler(MODEL, group=64, max_new=1, eos_id=EOS))
+  sample = quick_jit(make_sampler(Transformer(MODEL), group=64, max_new=1, eos_id=EOS))
   tokens = np.asarray(sample(weights(MODEL), prompts, lengths, np.arange(64, dtype=np.int32), STEP_0).response_BxGxS)
   logits, _, _ = list(next_logits('T=1', sampled('T=1')))[sampled('T=1').length_BxG[:3].sum()]  # after the same prompt
   p = np.exp(logits) / np.exp(logits).sum()

@@ -19,6 +19,7 @@ from moe_rl.data.prompts import load_prompts
 from moe_rl.data.templates import CHATS, NAMES, conversation_ids, opening, prompt_ids, render
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.main import launch
+from moe_rl.models.transformer import Transformer
 from moe_rl.rl.sampler import make_sampler
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import make_mesh
@@ -250,7 +251,7 @@ def test_the_stage_stops_on_every_eos_and_grades_the_answer_with_its_opening(fol
 def test_a_response_ends_at_the_first_of_several_eos_ids():
   model = tiny_model(layers=1)
   weights = favouring(favouring(tiny_variables(model), 1, 0.5), 2, 2.5)
-  sample = quick_jit(make_sampler(model, group=64, max_new=8, eos_id=(1, 2)))
+  sample = quick_jit(make_sampler(Transformer(model), group=64, max_new=8, eos_id=(1, 2)))
   rollout = jax.device_get(sample(weights, np.array([[5, 6, 7], [9, 8, 0]], np.int32), np.array([3, 2], np.int32),
                                   np.array([0, 1], np.int32), key_for(0, 'rollout', 0)))
   endings = collections.Counter()

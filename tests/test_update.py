@@ -195,7 +195,7 @@ RATE = 1024.0  # a power of two, so that dividing it out is exact; and the chang
 
 @functools.cache
 def update(**changes):
-  return quick_jit(make_grpo_update(MODEL, OPTIMIZER, rl_config(**changes), SAMPLING), donate_argnums=0)
+  return quick_jit(make_grpo_update(Transformer(MODEL), OPTIMIZER, rl_config(**changes), SAMPLING), donate_argnums=0)
 
 
 def fresh(rate=RATE, params=None, reference_params=None) -> TrainState:

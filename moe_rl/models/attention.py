@@ -10,13 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_rl.models.attend import MASKED, attend
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import RMSNorm, product, weight
+from moe_rl.models.layers import RMSNorm, place, product, weight
 from moe_rl.models.rope import rotate
+from moe_rl.runtime.mesh import Layout
 
 LATENT_NORM_EPS = 1e-6  # both latent norms, whatever norm_eps says: the released models were run like that
-QUERY_BLOCK, MOST_BLOCKS = 256, 16  # queries in a block of `attend`, and the most blocks a row is cut into
-MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 
 
 @flax.struct.dataclass
@@ -35,38 +35,6 @@ class LatentCache:
   own_length: jax.Array
 
 
-def attend(query_NxTxHxK, key_NxTxHxK, value_NxTxHxV, visible_Nx1xTxT):
-  """softmax(q k) v with float32 scores, causal; every query sees at least one key. Returns [N, T, H, V].
-
-  Long rows go by blocks of queries, each with the keys up to its end: half the work, and scores of one block in memory.
-  """
-  length = query_NxTxHxK.shape[1]
-  block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
-  ends = [*range(block, length, block), length]
-  out = [_attend(query_NxTxHxK[:, start:end], key_NxTxHxK[:, :end], value_NxTxHxV[:, :end],
-                 visible_Nx1xTxT[:, :, start:end, :end]) for start, end in zip([0, *ends], ends, strict=False)]
-  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
-
-
-def _attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
-  """Heads lead in the products and the sum of weights divides the output rather than the weights: on CPU half the time
-  of the textbook order."""
-  q, k, v = (a.swapaxes(1, 2) for a in (query_NxTxHxK, key_NxSxHxK, value_NxSxHxV))
-  score = jnp.einsum('nhtd,nhsd->nhts', q, k, preferred_element_type=jnp.float32)
-  score = score + jnp.where(visible_Nx1xTxS, 0.0, MASKED)
-  p = jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True)))
-  o = jnp.einsum('nhts,nhsd->nhtd', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  return (o / p.sum(-1)[..., None]).astype(v.dtype).swapaxes(1, 2)
-
-
-def causal_within(segments_NxT) -> jax.Array:
-  """bool [N, 1, T, S]: a token sees itself and earlier tokens of its own segment."""
-  length = segments_NxT.shape[1]
-  causal_TxS = jnp.tril(jnp.ones((length, length), bool))
-  same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
-  return (causal_TxS & same_NxTxS)[:, None]
-
-
 def decode_weights(prompt, own, new, prompt_length_B, own_length, dtype):
   """Softmax over prompt cells, own cells and the new one together, as three arrays of `dtype`.
 
@@ -83,6 +51,7 @@ class MLA(nn.Module):
   """Latent attention over x; see the module's text for the two forms."""
 
   config: ModelConfig
+  layout: Layout | None = None
 
   def setup(self):
     c = self.config
@@ -101,14 +70,14 @@ class MLA(nn.Module):
   def queries(self, x, positions):
     """[..., D] -> content [..., H, nope] and rotated [..., H, R] parts."""
     c = self.config
-    q = product(self.q_norm(product(x, self.q_down)), self.q_up) if c.q_lora else product(x, self.q)
-    q = q.reshape(*x.shape[:-1], c.heads, c.qk_dim)
+    q = product(self, self.q_norm(product(self, x, self.q_down)), self.q_up) if c.q_lora else product(self, x, self.q)
+    q = place(self, q.reshape(*x.shape[:-1], c.heads, c.qk_dim), 'batch', None, 'head_work', None)
     return q[..., :c.nope_dim], rotate(q[..., c.nope_dim:], positions, c)
 
   def cells(self, x, positions):
     """[..., D] -> [..., Z]: the normed latent beside the rotated shared key, as the cache holds them."""
     c = self.config
-    down = product(x, self.kv_down)
+    down = product(self, x, self.kv_down)
     latent, key = self.kv_norm(down[..., :c.kv_lora]), rotate(down[..., c.kv_lora:], positions, c)
     return jnp.concatenate([latent, key], axis=-1)
 
@@ -128,13 +97,14 @@ class MLA(nn.Module):
     q_nope, q_rope = self.queries(x_NxTxD, positions_NxT)
     cells_NxTxZ = self.cells(x_NxTxD, positions_NxT)
     latent, k_rope = cells_NxTxZ[..., :c.kv_lora], cells_NxTxZ[..., c.kv_lora:]
-    up = product(latent, self.kv_up).reshape(*latent.shape[:2], c.heads, c.nope_dim + c.v_dim)
+    up = product(self, latent, self.kv_up).reshape(*latent.shape[:2], c.heads, c.nope_dim + c.v_dim)
+    up = place(self, up, 'batch', None, 'head_work', None)
     k_nope, value = up[..., :c.nope_dim], up[..., c.nope_dim:]
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.rope_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1) * c.softmax_scale
     key = jnp.concatenate([k_nope, k_rope], axis=-1)
-    o_NxTxHxV = attend(query, key, value, causal_within(segments_NxT))
-    return product(o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
+    o_NxTxHxV = attend(query, key, value, segments_NxT, self.layout)
+    return product(self, o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
     """Absorbed attention of one new token a completion; reads the cache, returns the cell to be written.
@@ -146,6 +116,7 @@ class MLA(nn.Module):
     up_k, up_v = self.expansion()
     q_nope, q_rope = self.queries(x_BxGxD, positions_BxG)
     q_BxGxHxZ = jnp.concatenate([jnp.einsum('bghd,chd->bghc', q_nope, up_k), q_rope], axis=-1)
+    q_BxGxHxZ = place(self, q_BxGxHxZ, 'batch', 'places', None, None)  # the cache lies by completion, weights by head
     cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
 
     def scores(equation, cells):
@@ -159,6 +130,6 @@ class MLA(nn.Module):
       jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ)
       + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)
       + p_new * cell_BxGxZ[:, :, None])
-    o_BxGxHxC = o_BxGxHxZ[..., :c.kv_lora]
+    o_BxGxHxC = place(self, o_BxGxHxZ[..., :c.kv_lora], 'batch', None, 'head_work', None)
     o = jnp.einsum('bghc,chd->bghd', o_BxGxHxC, up_v)
-    return product(o.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ
+    return product(self, o.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ

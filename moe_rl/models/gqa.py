@@ -10,16 +10,19 @@ Further axes by letter: J key and value heads, M = H / J queries of one key head
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_rl.models.attention import attend, causal_within, decode_weights
+from moe_rl.models.attend import attend
+from moe_rl.models.attention import decode_weights
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import RMSNorm, product, weight
+from moe_rl.models.layers import RMSNorm, place, product, weight
 from moe_rl.models.rope import rotate
+from moe_rl.runtime.mesh import Layout
 
 
 class GQA(nn.Module):
   """Query head h reads key and value head h // M."""
 
   config: ModelConfig
+  layout: Layout | None = None
 
   def setup(self):
     c = self.config
@@ -40,14 +43,14 @@ class GQA(nn.Module):
   def queries(self, x, positions):
     """[..., D] -> [..., H, d], turned."""
     c = self.config
-    q = product(x, self.q) + self.q_bias if c.qkv_bias else product(x, self.q)
-    q = q.reshape(*x.shape[:-1], c.heads, c.head_dim)
+    q = product(self, x, self.q) + self.q_bias if c.qkv_bias else product(self, x, self.q)
+    q = place(self, q.reshape(*x.shape[:-1], c.heads, c.head_dim), 'batch', None, 'head_work', None)
     return rotate(self.q_norm(q) if c.qk_norm else q, positions, c)
 
   def cells(self, x, positions):
     """[..., D] -> [..., Z]: turned keys beside values, as the cache holds them."""
     c = self.config
-    k, v = product(x, self.k), product(x, self.v)
+    k, v = product(self, x, self.k), product(self, x, self.v)
     if c.qkv_bias:
       k, v = k + self.k_bias, v + self.v_bias
     k = k.reshape(*x.shape[:-1], c.kv_heads, c.head_dim)
@@ -69,9 +72,10 @@ class GQA(nn.Module):
     c = self.config
     query = self.queries(x_NxTxD, positions_NxT) * c.softmax_scale
     cells_NxTxZ = self.cells(x_NxTxD, positions_NxT)
-    key, value = (jnp.repeat(a, c.heads // c.kv_heads, axis=2) for a in self.keys_values(cells_NxTxZ))
-    o_NxTxHxd = attend(query, key, value, causal_within(segments_NxT))
-    return product(o_NxTxHxd.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
+    key, value = (place(self, jnp.repeat(a, c.heads // c.kv_heads, axis=2), 'batch', None, 'head_work', None)
+                  for a in self.keys_values(cells_NxTxZ))
+    o_NxTxHxd = attend(query, key, value, segments_NxT, self.layout)
+    return product(self, o_NxTxHxd.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
     """Attention of one new token a completion; reads the cache, returns the cell to be written.
@@ -81,6 +85,7 @@ class GQA(nn.Module):
     """
     c = self.config
     q_BxGxJxMxd = self.queries(x_BxGxD, positions_BxG).reshape(*x_BxGxD.shape[:2], c.kv_heads, -1, c.head_dim)
+    q_BxGxJxMxd = place(self, q_BxGxJxMxd, 'batch', 'places', None, None, None)  # as the cache lies
     cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
     keys, values = zip(*map(self.keys_values, (prompt_BxPxZ, own_BxGxSxZ, cell_BxGxZ[:, :, None])), strict=True)
     axes = ('bpjd', 'bgpjd', 'bgpjd')  # a group shares its prompt's cells
@@ -91,4 +96,4 @@ class GQA(nn.Module):
     parts = decode_weights(*scores, prompt_length_B, own_length, x_BxGxD.dtype)
     o_BxGxJxMxd = sum(jnp.einsum(f'bgjmp,{a}->bgjmd', p, value)
                       for a, p, value in zip(axes, parts, values, strict=True))
-    return product(o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ
+    return product(self, o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_rl.runtime.mesh import Layout
+
 CHUNK_TOKENS = 2048  # float32 logits of one chunk: 2048 x 129,280 x 4 B = 1.06 GB at V3's vocabulary
 
 
@@ -33,16 +35,23 @@ def distribution(logits: jax.Array, temperature: float, top_k: int = 0, top_p: f
   return jax.nn.log_softmax(logits, axis=-1)
 
 
-def token_logprobs(logits_of, hidden_NxTxD, targets_NxT, temperature=1.0, top_k=0, top_p=1.0, chunk=CHUNK_TOKENS):
+def token_logprobs(logits_of, hidden_NxTxD, targets_NxT, temperature=1.0, top_k=0, top_p=1.0, chunk=CHUNK_TOKENS,
+                   layout: Layout | None = None):
   """(log-prob of each target in nats, entropy in nats), float32 [N, T], under the sampled distribution.
 
   logits_of: [M, D] -> float32 [M, V]. A target outside the support (possible through rounding at its edge only)
-  gets its log-prob as though it were in. Logits are recomputed for the backward pass, chunk by chunk.
+  gets its log-prob as though it were in. Logits are recomputed for the backward pass, chunk by chunk; a chunk has
+  the same places of every row, about `chunk` tokens a device.
   """
+  def place(x, *logical):
+    return layout.constrain(x, *logical) if layout else x
+
   @jax.checkpoint
   def some(args):
-    hidden, targets = args
-    logits = logits_of(hidden) / temperature
+    hidden_NxtxD, targets_Nxt = args
+    targets = targets_Nxt.reshape(-1)
+    hidden = place(hidden_NxtxD, 'batch', None, None).reshape(targets.size, -1)
+    logits = place(logits_of(hidden), 'batch', 'vocab') / temperature
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     if top_k or top_p < 1:
       support = support_mask(jax.lax.stop_gradient(logits), top_k, top_p) | (
@@ -50,16 +59,18 @@ def token_logprobs(logits_of, hidden_NxTxD, targets_NxT, temperature=1.0, top_k=
       logits = jnp.where(support, logits, -1e30)  # finite, so that p * log p of the masked is 0 and not NaN
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     p = jax.nn.softmax(logits, axis=-1)
-    return own[:, 0] - normaliser, normaliser - (p * logits).sum(-1)
+    both = own[:, 0] - normaliser, normaliser - (p * logits).sum(-1)
+    return tuple(x.reshape(targets_Nxt.shape) for x in both)
 
-  shape, tokens = targets_NxT.shape, targets_NxT.size
-  chunk = min(chunk, tokens)
-  chunks = -(-tokens // chunk)
-  pad = chunks * chunk - tokens
-  hidden = jnp.pad(hidden_NxTxD.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
-  targets = jnp.pad(targets_NxT.reshape(-1), (0, pad)).reshape(chunks, chunk)
+  rows, length = targets_NxT.shape
+  places = min(length, max(1, chunk * (layout.size(layout.rules['batch']) if layout else 1) // rows))
+  chunks = -(-length // places)
   if chunks == 1:
-    logp, entropy = some((hidden[0], targets[0]))
-  else:
-    logp, entropy = jax.lax.map(some, (hidden, targets))
-  return logp.reshape(-1)[:tokens].reshape(shape), entropy.reshape(-1)[:tokens].reshape(shape)
+    return some((hidden_NxTxD, targets_NxT))
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, chunks * places - length), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(rows, chunks, places, *x.shape[2:]).swapaxes(0, 1)
+    return place(x, None, 'batch', *[None] * (x.ndim - 2))
+  logp, entropy = jax.lax.map(some, (cut(hidden_NxTxD), cut(targets_NxT)))
+  return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logp, entropy))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_rl.models.config import ModelConfig
+from moe_rl.runtime.mesh import Layout
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=None) -> jax.Array:
@@ -19,8 +20,16 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
   return module.param(name, init, shape, jnp.dtype(config.param_dtype)).astype(config.compute_dtype)
 
 
-def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """[..., A] times [A, B]: [..., B]. The product sees one leading axis: its backward is 2.5 times faster so on CPU."""
+def place(module: nn.Module, x: jax.Array, *logical: str | None) -> jax.Array:
+  """x where the module's layout wants an array of these logical axes; as it is where there is no layout."""
+  return module.layout.constrain(x, *logical) if module.layout else x
+
+
+def product(module: nn.Module, x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """[..., A] times [A, B]: [..., B]. On one device the product sees one leading axis: its backward is 2.5 times faster
+  so on CPU. On several, axes that lie over different mesh axes could not be made one without gathering them."""
+  if module.layout and module.layout.mesh.size > 1:
+    return jnp.dot(x, matrix)
   return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
@@ -45,6 +54,7 @@ class SwiGLU(nn.Module):
 
   config: ModelConfig
   ff: int
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,4 +62,5 @@ class SwiGLU(nn.Module):
     gate = weight(self, 'gate', (width, self.ff), ('embed', 'mlp'))
     up = weight(self, 'up', (width, self.ff), ('embed', 'mlp'))
     down = weight(self, 'down', (self.ff, width), ('mlp', 'embed'))
-    return product(nn.silu(product(x, gate)) * product(x, up), down)
+    hidden = place(self, nn.silu(product(self, x, gate)) * product(self, x, up), 'batch', 'ff_places', 'ff_hidden')
+    return product(self, hidden, down)

@@ -15,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_rl.models import expert_parallel
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import SwiGLU, weight
+from moe_rl.models.layers import SwiGLU, place, weight
+from moe_rl.runtime.mesh import Layout
 
 FIRST_ROUND, FURTHER_ROUNDS = 1.25, 0.25  # buffer of an expert, over its even share of the pairs
 DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
@@ -101,13 +103,13 @@ def router_metrics(router: dict, load_LxE) -> dict:
 def experts(x_NxD, picked_NxK, gate_NxK, gate_ExDxF, up_ExDxF, down_ExFxD, path: str = 'auto') -> jax.Array:
   """sum_k gate[n, k] SwiGLU_{picked[n, k]}(x[n]): [N, D]. Dropless on every path.
 
-  picked: int32 in 0..E; E marks a pair that computes nothing (padding). All paths agree to rounding.
+  picked: int32 in 0..E; E marks a pair that computes nothing (padding). All paths agree to rounding. path: 'dense',
+  'ragged', 'rounds'; 'cpu': one of the first and last by shape; 'auto': by the default backend.
   """
   if path == 'auto':
-    if jax.default_backend() != 'cpu':
-      path = 'ragged'
-    else:
-      path = 'dense' if x_NxD.shape[0] < DENSE_BELOW else 'rounds'
+    path = 'cpu' if jax.default_backend() == 'cpu' else 'ragged'
+  if path == 'cpu':
+    path = 'dense' if x_NxD.shape[0] < DENSE_BELOW else 'rounds'
   gate_NxK = gate_NxK.astype(x_NxD.dtype)
   weights = (gate_ExDxF, up_ExDxF, down_ExFxD)
   if path == 'dense':
@@ -117,6 +119,14 @@ def experts(x_NxD, picked_NxK, gate_NxK, gate_ExDxF, up_ExDxF, down_ExFxD, path:
   return _rounds(x_NxD, gate_NxK, *weights, picked_NxK)
 
 
+@functools.cache
+def experts_of(path: str, platform: str):
+  """`experts` by the given path, 'auto' being read for a platform that may not be the default backend."""
+  if path == 'auto':
+    path = 'cpu' if platform == 'cpu' else 'ragged'
+  return functools.partial(experts, path=path)
+
+
 def _dense(x, picked, gate, w_gate, w_up, w_down):
   gate_NxE = jnp.zeros((x.shape[0], w_gate.shape[0] + 1), x.dtype)
   gate_NxE = gate_NxE.at[jnp.arange(x.shape[0])[:, None], picked].add(gate)[:, :-1]
@@ -124,17 +134,62 @@ def _dense(x, picked, gate, w_gate, w_up, w_down):
   return jnp.einsum('nef,efd->nd', hidden * gate_NxE[..., None], w_down)
 
 
+@jax.custom_vjp
 def _ragged(x, picked, gate, w_gate, w_up, w_down):
-  pairs, top_k = picked.size, picked.shape[1]
+  """Grouped products over pairs sorted by expert. The backward pass is written out so that it computes the hidden layer
+  again and the output not: 8 products against the 9 of differentiating what is computed again."""
+  return _ragged_forward(x, picked, gate, w_gate, w_up, w_down)[0]
+
+
+def _sorted(picked, num_experts):
+  """(order of the pairs by expert, pairs of each expert, whether a place holds a pair of any, [pairs, 1])."""
   order = jnp.argsort(picked.reshape(-1), stable=True)
-  sizes = jnp.bincount(picked.reshape(-1), length=w_gate.shape[0] + 1)[:-1].astype(jnp.int32)
+  sizes = jnp.bincount(picked.reshape(-1), length=num_experts + 1)[:-1].astype(jnp.int32)
+  return order, sizes, (jnp.arange(picked.size) < sizes.sum())[:, None]
+
+
+def _unsorted(rows, order, top_k):
+  """[pairs, ...] -> [n, K, ...], pairs back in their order."""
+  back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+  return rows[back].reshape(-1, top_k, *rows.shape[1:])
+
+
+def _ragged_forward(x, picked, gate, w_gate, w_up, w_down):
+  top_k = picked.shape[1]
+  order, sizes, used = _sorted(picked, w_gate.shape[0])
   rows = x[order // top_k]
   hidden = nn.silu(jax.lax.ragged_dot(rows, w_gate, sizes)) * jax.lax.ragged_dot(rows, w_up, sizes)
-  y = jax.lax.ragged_dot(hidden, w_down, sizes)
   # Rows beyond the last group belong to no expert; what a backend leaves there is undefined.
-  y = jnp.where((jnp.arange(pairs) < sizes.sum())[:, None], y, 0) * gate.reshape(-1)[order][:, None]
-  back = jnp.zeros(pairs, order.dtype).at[order].set(jnp.arange(pairs, dtype=order.dtype))
-  return y[back].reshape(x.shape[0], top_k, -1).sum(1)
+  y = jnp.where(used, jax.lax.ragged_dot(hidden, w_down, sizes), 0) * gate.reshape(-1)[order][:, None]
+  return _unsorted(y, order, top_k).sum(1), (x, picked, gate, w_gate, w_up, w_down)
+
+
+def _ragged_backward(saved, dy):
+  x, picked, gate, w_gate, w_up, w_down = saved
+  top_k = picked.shape[1]
+  order, sizes, used = _sorted(picked, w_gate.shape[0])
+  rows, drows, gates = x[order // top_k], dy[order // top_k], gate.reshape(-1)[order][:, None]
+
+  def product_and_pullback(rows, w):
+    out, pullback = jax.vjp(lambda rows, w: jax.lax.ragged_dot(rows, w, sizes), rows, w)
+    return jnp.where(used, out, 0), pullback
+  a, pull_gate = product_and_pullback(rows, w_gate)
+  b, pull_up = product_and_pullback(rows, w_up)
+  sigmoid = nn.sigmoid(a)
+  silu = a * sigmoid
+  hidden = silu * b
+  _, pull_down = product_and_pullback(hidden * gates, w_down)  # its product is not used, and so not computed
+  dhidden, dw_down = pull_down(jnp.where(used, drows, 0))
+  dhidden = jnp.where(used, dhidden, 0)
+  dgate = (dhidden * hidden).sum(-1)
+  dhidden = dhidden * gates
+  (dx_gate, dw_gate), (dx_up, dw_up) = (
+    pull_gate(dhidden * b * (sigmoid + silu * (1 - sigmoid))), pull_up(dhidden * silu))
+  dx = _unsorted(jnp.where(used, dx_gate + dx_up, 0), order, top_k).sum(1)
+  return dx, None, _unsorted(dgate, order, top_k), dw_gate, dw_up, dw_down
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _plan(picked, num_experts):
@@ -245,6 +300,7 @@ class MoE(nn.Module):
   """y = sum of shared experts + gated sum of the picked ones; the residual is the caller's."""
 
   config: ModelConfig
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x_NxTxD: jax.Array, valid_NxT: jax.Array) -> tuple[jax.Array, RouterStats]:
@@ -264,12 +320,18 @@ class MoE(nn.Module):
     gate = gates(score_NxE, picked, c)
     picked = jnp.where(valid_NxT.reshape(-1, 1), picked, c.experts)
 
-    shape, axes = (c.experts, c.width, c.expert_ff), ('experts', 'embed', 'expert_mlp')
+    shape, axes = (c.experts, c.width, c.expert_ff), ('experts', 'expert_rows', 'expert_columns')
     w_gate, w_up = weight(self, 'gate', shape, axes), weight(self, 'up', shape, axes)
-    w_down = weight(self, 'down', (c.experts, c.expert_ff, c.width), ('experts', 'expert_mlp', 'embed'))
-    y = experts(flat, picked, gate, w_gate, w_up, w_down, c.expert_path).reshape(x_NxTxD.shape)
+    w_down = weight(self, 'down', (c.experts, c.expert_ff, c.width), axes)
+    weights, by_token = (w_gate, w_up, w_down), (*x_NxTxD.shape[:2], c.top_k)
+    if self.layout and self.layout.mesh.size > 1:
+      y, load = expert_parallel.sharded(
+        self.layout, experts_of(c.expert_path, self.layout.platform),
+        x_NxTxD, *(place(self, a.reshape(by_token), 'batch', 'places', None) for a in (picked, gate)), *weights)
+    else:
+      y = experts(flat, picked, gate, *weights, c.expert_path).reshape(x_NxTxD.shape)
+      load = jnp.bincount(picked.reshape(-1), length=c.experts + 1)[:-1].astype(jnp.float32)
     if c.shared_experts:
-      y = y + SwiGLU(c, c.shared_experts * c.expert_ff, name='shared')(x_NxTxD)
-    load = jnp.bincount(picked.reshape(-1), length=c.experts + 1)[:-1].astype(jnp.float32)
+      y = y + SwiGLU(c, c.shared_experts * c.expert_ff, self.layout, name='shared')(x_NxTxD)
     score = score_NxE.reshape(*x_NxTxD.shape[:2], c.experts)
     return y, RouterStats(load_E=load, balance=balance_loss(score, valid_NxT, c))

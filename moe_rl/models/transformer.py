@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import ModelConfig
 from moe_rl.models.gqa import GQA
-from moe_rl.models.layers import RMSNorm, SwiGLU, weight
+from moe_rl.models.layers import RMSNorm, SwiGLU, place, weight
 from moe_rl.models.moe import MoE, RouterStats
+from moe_rl.runtime.mesh import Layout
+
+RESIDUAL = ('batch', 'places', None)  # logical axes of [N, T, D] between blocks
 
 
 @flax.struct.dataclass
@@ -30,72 +33,82 @@ class Block(nn.Module):
 
   config: ModelConfig
   moe: bool
+  layout: Layout | None = None
 
   def setup(self):
     c = self.config
     self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.attention = {'mla': MLA, 'gqa': GQA}[c.attention](c)
+    self.attention = {'mla': MLA, 'gqa': GQA}[c.attention](c, self.layout)
     self.ff_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.ff = MoE(c) if self.moe else SwiGLU(c, c.dense_ff)
+    self.ff = MoE(c, self.layout) if self.moe else SwiGLU(c, c.dense_ff, self.layout)
 
   def __call__(self, x, positions, segments, with_cells):
     attended, cells = self.attention(self.attention_norm(x), positions, segments)
-    x, stats = self.feed_forward(x + attended, segments > 0)
+    x, stats = self.feed_forward(place(self, x + attended, *RESIDUAL), segments > 0)
     return x, (cells if with_cells else None, stats)
 
   def decode(self, x, cells, positions, prompt_length, own_length):
     prompt, own = cells
     attended, cell = self.attention.decode(
       self.attention_norm(x), positions, prompt, own, prompt_length, own_length)
-    x, _ = self.feed_forward(x + attended, jnp.ones(x.shape[:2], bool))
+    x, _ = self.feed_forward(place(self, x + attended, *RESIDUAL), jnp.ones(x.shape[:2], bool))
     return x, cell
 
   def feed_forward(self, x, valid):
     normed = self.ff_norm(x)
     y, stats = self.ff(normed, valid) if self.moe else (self.ff(normed), None)
-    return x + y, stats
+    return place(self, x + y, *RESIDUAL), stats
 
 
-def stack(config: ModelConfig, moe: bool, layers: int, name: str) -> nn.Module:
+def rematerialised(config: ModelConfig) -> type[nn.Module]:
+  """Block, keeping for the backward pass what config.remat says."""
+  if config.remat == 'none':
+    return Block
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+  return nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
+
+
+def stack(config: ModelConfig, moe: bool, layers: int, name: str, layout: Layout | None) -> nn.Module:
   """`layers` blocks whose weights have a leading layer axis; one block is compiled whatever the depth."""
-  block = Block
-  if config.remat != 'none':
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
-    block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
+  block = rematerialised(config)
   shared = dict(variable_axes={'params': 0, 'router': 0}, split_rngs={'params': True}, length=layers,
                 metadata_params={nn.PARTITION_NAME: 'layers'})
   return nn.scan(block, methods={
     '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),
     'decode': dict(in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), **shared),
-  })(config, moe, name=name)
+  })(config, moe, layout, name=name)
 
 
 class Transformer(nn.Module):
-  """Variables: `params` (trained) and `router` (the selection bias, moved by load and never by gradient)."""
+  """Variables: `params` (trained) and `router` (the selection bias, moved by load and never by gradient).
+
+  layout: where it runs, if on more than one device.
+  """
 
   config: ModelConfig
+  layout: Layout | None = None
 
   def setup(self):
     c = self.config
     self.embed = weight(self, 'embed', (c.vocab_size, c.width), ('vocab', 'embed'))
     if c.dense_layers:
-      self.dense = stack(c, False, c.dense_layers, 'dense')
+      self.dense = stack(c, False, c.dense_layers, 'dense', self.layout)
     if c.moe_layers:
-      self.moe = stack(c, True, c.moe_layers, 'moe')
+      self.moe = stack(c, True, c.moe_layers, 'moe', self.layout)
     self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
     if c.tied:
       self.unembed = self.embed.T
     else:
       self.unembed = weight(self, 'unembed', (c.width, c.vocab_size), ('embed', 'vocab'))
     if c.mtp_layers:
-      self.mtp = MTP(c)
+      self.mtp = MTP(c, self.layout)
 
   def __call__(self, ids_NxT, positions_NxT, segments_NxT, with_cells: bool = False) -> Output:
     """ids, positions, segments: int32 [N, T]; segment 0 is padding, others attend within themselves only.
 
     Positions count from 0 in each segment.
     """
-    c, x = self.config, self.embed[ids_NxT]
+    c, x = self.config, place(self, self.embed[ids_NxT], *RESIDUAL)
     cells, router = [], None
     if c.dense_layers:
       x, (dense_cells, _) = self.dense(x, positions_NxT, segments_NxT, with_cells)
@@ -110,7 +123,7 @@ class Transformer(nn.Module):
 
     The caller keeps own_length below the number of own cells.
     """
-    c, x = self.config, self.embed[ids_BxG]
+    c, x = self.config, place(self, self.embed[ids_BxG], *RESIDUAL)
     positions = jnp.broadcast_to((cache.prompt_length_B + cache.own_length)[:, None], ids_BxG.shape)
     prompt, own, cells = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ, []
     for layers, run in ((slice(0, c.dense_layers), 'dense'), (slice(c.dense_layers, c.layers), 'moe')):
@@ -133,7 +146,8 @@ class Transformer(nn.Module):
     reads it after the final norm: so the released weights are run (`transformers`, for one); the paper leaves it open.
     """
     following = jnp.pad(ids_NxT[:, 1:], ((0, 0), (0, 1)))
-    return self.mtp(self.final_norm(hidden_NxTxD), self.embed[following], positions_NxT, segments_NxT)
+    following = place(self, self.embed[following], *RESIDUAL)
+    return self.mtp(self.final_norm(hidden_NxTxD), following, positions_NxT, segments_NxT)
 
   def second_logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] of `second_hidden` -> float32 [..., V], through the shared head (eq. 23)."""
@@ -154,18 +168,37 @@ class MTP(nn.Module):
   """
 
   config: ModelConfig
+  layout: Layout | None = None
 
   def setup(self):
     c = self.config
     self.embed_norm = RMSNorm(c.norm_eps, c.param_dtype)
     self.hidden_norm = RMSNorm(c.norm_eps, c.param_dtype)
     self.project = weight(self, 'project', (2 * c.width, c.width), ('mlp', 'embed'))
-    self.block = Block(c, moe=True)
+    self.block = rematerialised(c)(c, True, self.layout)
     self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
 
   def __call__(self, hidden, following, positions, segments):
     x = jnp.concatenate([self.embed_norm(following), self.hidden_norm(hidden)], axis=-1) @ self.project
     return self.block(x, positions, segments, False)[0]
+
+
+def for_compute(config: ModelConfig, params: dict) -> dict:
+  """The weights in compute_dtype where they lie, all but those that are used in their own precision (norms, router).
+
+  Taken once at the head of a program, so that what is gathered, and what gradients are scattered in, is compute_dtype.
+  """
+  def cast(path, x):
+    own = any(word in jax.tree_util.keystr(path) for word in ("'scale'", "'router'"))
+    return x if own else x.astype(config.compute_dtype)
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def whole_vocabulary(net: Transformer, params: dict) -> dict:
+  """The weights with embedding and unembedding gathered over all mesh axes but the vocabulary's: once a program, rather
+  than once a chunk of tokens."""
+  axes = {'embed': ('vocab', None), 'unembed': (None, 'vocab')}
+  return params | {name: place(net, params[name], *axes[name]) for name in axes if name in params}
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict:

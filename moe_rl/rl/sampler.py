@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_rl.models.attention import LatentCache
-from moe_rl.models.config import ModelConfig
 from moe_rl.models.heads import distribution
+from moe_rl.models.layers import place
 from moe_rl.models.transformer import Transformer
 
 
@@ -45,14 +45,14 @@ def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
 
 
-def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
+def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
   rows have ended, each at the first eos_id, of which there may be several.
   """
-  net = Transformer(model)
+  model = net.config
 
   def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
     batch, length = prompt_BxP.shape
@@ -71,7 +71,8 @@ def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int | 
       segments = (positions < prompt_length_B[:, None]).astype(jnp.int32)
       out = net.apply(variables, prompt_BxP, positions, segments, with_cells=True)
       last = jnp.take_along_axis(out.hidden_NxTxD, (prompt_length_B - 1)[:, None, None], axis=1)
-      own = jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype)
+      own = place(net, jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype),
+                  None, 'batch', 'places', None, None)
       cache = LatentCache(out.cells_LxNxTxZ, own, prompt_length_B, jnp.zeros((), jnp.int32))
       token, logp = choose(0, last)
 

@@ -4,36 +4,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_rl.models.config import ModelConfig
 from moe_rl.models.heads import token_logprobs
 from moe_rl.models.moe import move_bias, router_metrics
-from moe_rl.models.transformer import Transformer
+from moe_rl.models.transformer import Transformer, for_compute, whole_vocabulary
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch
 from moe_rl.runtime.state import TrainState
 
 
-def score(model: ModelConfig, variables: dict, batch: PackedBatch, sampling: dict):
+def score(net: Transformer, variables: dict, batch: PackedBatch, sampling: dict):
   """Log-probs and entropies (nats, float32 [R, T], 0 at t = 0) of a microbatch's tokens, and expert loads [L, E].
 
   The same module, temperature and support as the sampler's; this is the trainer's side of the comparison.
   """
-  net = Transformer(model)
+  variables = variables | {'params': whole_vocabulary(net, for_compute(net.config, variables['params']))}
   out = net.apply(variables, batch.ids, batch.positions, batch.segments)
   logp, entropy = token_logprobs(lambda h: net.apply(variables, h, method=net.logits),
-                                 out.hidden_NxTxD[:, :-1], batch.ids[:, 1:], **sampling)
+                                 out.hidden_NxTxD[:, :-1], batch.ids[:, 1:], layout=net.layout, **sampling)
   load = out.router.load_E if out.router is not None else jnp.zeros((0, 0))
   return *(jnp.pad(x, ((0, 0), (1, 0))) for x in (logp, entropy)), load
 
 
-def make_grpo_update(model: ModelConfig, optimizer: optax.GradientTransformation, c, sampling: dict):
+def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict):
   """(state, batch, microbatches in use) -> (state, metrics): one optimizer step; c is config.rl.
 
   Loss = sum_t weight_t (policy_t + kl_weight k3_t). Only microbatches in use are computed, by a loop whose length is
   data, so that shapes never change. sampling: temperature, top_k, top_p of the rollout.
   """
   def loss_and_sums(params, state: TrainState, batch: PackedBatch):
-    logp, entropy, load = score(model, {'params': params, 'router': state.router}, batch, sampling)
+    logp, entropy, load = score(net, {'params': params, 'router': state.router}, batch, sampling)
     token = (batch.weight > 0).astype(jnp.float32)
     policy = grpo.policy_loss(logp, batch.logp, batch.advantage, c.clip_low, c.clip_high)
     loss = (batch.weight * policy).sum()
@@ -43,7 +42,7 @@ def make_grpo_update(model: ModelConfig, optimizer: optax.GradientTransformation
       'clipped': (grpo.clipped(logp, batch.logp, batch.advantage, c.clip_low, c.clip_high) * token).sum(),
       'gap': gap.sum()}
     if c.kl_weight:
-      reference, _, _ = score(model, {'params': state.reference, 'router': state.router}, batch, sampling)
+      reference, _, _ = score(net, {'params': state.reference, 'router': state.router}, batch, sampling)
       kl = grpo.kl_k3(logp, reference)
       loss = loss + c.kl_weight * (batch.weight * kl).sum()
       sums['kl'] = (kl * token).sum()

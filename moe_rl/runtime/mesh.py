@@ -1,4 +1,7 @@
-"""Where arrays live: the mesh, and the one table from the model's logical axes to mesh axes."""
+"""Where arrays live: the mesh, and the tables from the model's logical axes to mesh axes."""
+
+import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -8,16 +11,58 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 
 # Logical axis -> mesh axes. An axis of size 1 costs nothing, so one table serves a laptop and a pod.
-RULES: dict[str, tuple[str, ...]] = {
-  'batch': ('data', 'fsdp'),
+# Training: rows of a batch are split over data, fsdp and expert, their places over tensor; weights are split over all
+# but data, gathered for use, a layer at a time; experts are worked on where they lie. A TPU gathers and scatters whole
+# tiles, 8 or 16 by 128: dimensions are cut where that leaves some.
+TRAINING: dict[str, tuple[str, ...]] = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'places': ('tensor',),
   'embed': ('fsdp',),
-  'experts': ('expert',),
-  'heads': ('tensor',),
+  'heads': ('tensor', 'expert'), 'head_work': ('tensor',),  # of weights, of activations
   'mlp': ('tensor',),
-  'expert_mlp': ('tensor',),
   'vocab': ('tensor',),
-  'layers': (), 'norm': (), 'latent': (), 'q_lora': (), 'router': (),
+  'experts': ('expert', 'tensor'),
+  'expert_rows': ('fsdp',),  # the second of a weight's three axes, whichever it is
+  'ff_places': ('tensor',), 'ff_hidden': (),  # dense feed-forward: tokens stay, weights come
+  'layers': (), 'norm': (), 'latent': (), 'q_lora': (), 'router': (), 'expert_columns': (),
 }
+# Sampling: a step has few tokens, so weights stay and tokens come. Nothing is gathered over fsdp, which holds copies.
+SAMPLING = TRAINING | {
+  'embed': (), 'heads': ('tensor',), 'expert_rows': (), 'ff_places': (), 'ff_hidden': ('tensor',),
+}
+TABLES = {'training': TRAINING, 'sampling': SAMPLING}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh and the name of a table: all that a model has to know of the machine. It changes no number but by rounding.
+  """
+
+  mesh: Mesh
+  table: str = 'training'
+
+  @property
+  def rules(self) -> dict[str, tuple[str, ...]]:
+    return TABLES[self.table]
+
+  @property
+  def platform(self) -> str:
+    """'cpu', 'gpu' or 'tpu': what the devices are, which may be described only and not there."""
+    return self.mesh.devices.flat[0].platform
+
+  def size(self, axes: tuple[str, ...]) -> int:
+    return math.prod(self.mesh.shape[a] for a in axes)
+
+  def spec(self, *logical: str | None) -> PartitionSpec:
+    return spec(logical, self.rules)
+
+  def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+    """x, placed as its logical axes say; an axis that its mesh axes do not divide stays whole."""
+    if self.mesh.size == 1:
+      return x
+    fitting = (a if a is not None and n % self.size(self.rules[a]) == 0 else None
+               for a, n in zip(logical, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fitting)))
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
@@ -33,7 +78,7 @@ def one_device_mesh() -> Mesh:
 
 def spec(logical: tuple[str | None, ...], rules=None) -> PartitionSpec:
   """Mesh axes of an array's logical axes. Raises ValueError for an unknown axis, or when two want one mesh axis."""
-  rules, taken, out = rules or RULES, {}, []
+  rules, taken, out = rules or TRAINING, {}, []
   for axis in logical:
     if axis is not None and axis not in rules:
       raise ValueError(f"logical axis '{axis}' is not in the sharding table ({', '.join(rules)})")
@@ -46,10 +91,11 @@ def spec(logical: tuple[str | None, ...], rules=None) -> PartitionSpec:
   return PartitionSpec(*out)
 
 
-def shardings(boxed, mesh: Mesh):
+def shardings(boxed, mesh: Mesh, rules=None):
   """A tree of boxed parameters (or their shapes) -> the same tree of NamedSharding; unboxed leaves are replicated."""
   def leaf(x):
-    return NamedSharding(mesh, spec(x.names) if isinstance(x, nn.LogicallyPartitioned) else PartitionSpec())
+    boxed = isinstance(x, nn.LogicallyPartitioned)
+    return NamedSharding(mesh, spec(x.names, rules) if boxed else PartitionSpec())
   return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
@@ -58,9 +104,14 @@ def abstract(shapes, placed):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
+def rows_over(mesh: Mesh) -> int:
+  """Over how many devices the rows of a batch are split."""
+  return math.prod(mesh.shape[a] for a in TRAINING['batch'])
+
+
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
-  """Batches: `leading` whole axes, then one split over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(*[None] * leading, RULES['batch']))
+  """Batches: `leading` whole axes, then one split over the batch's mesh axes."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * leading, TRAINING['batch']))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

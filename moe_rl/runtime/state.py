@@ -45,7 +45,25 @@ def make_optimizer(config, updates: int) -> optax.GradientTransformation:
       return not any(word in jax.tree_util.keystr(path) for word in ('scale', 'bias'))
     return jax.tree_util.tree_map_with_path(matrix, params)
   clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-  return optax.chain(clip, optax.adamw(schedule, o.beta1, o.beta2, weight_decay=o.weight_decay, mask=matrices))
+  adamw = optax.chain(kept_in(o.moment_dtype, optax.scale_by_adam(o.beta1, o.beta2)),
+                      optax.add_decayed_weights(o.weight_decay, matrices), optax.scale_by_learning_rate(schedule))
+  return optax.chain(clip, adamw)
+
+
+def kept_in(dtype: str, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The transformation with its moments stored in `dtype` between updates, computed in that of the parameters.
+
+  DeepSeek-V3 (arXiv:2412.19437, sec. 3.3.3) keeps both in bfloat16.
+  """
+  def stored(state):
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+  def update(grads, state, params=None):
+    full = state._replace(**{k: jax.tree.map(lambda m, g: m.astype(g.dtype), getattr(state, k), grads)
+                             for k in ('mu', 'nu')})
+    grads, full = transform.update(grads, full, params)
+    return grads, stored(full)
+  return optax.GradientTransformation(lambda params: stored(transform.init(params)), update)
 
 
 def make_state(model: ModelConfig, optimizer, key: jax.Array, reference: bool) -> TrainState:
@@ -61,6 +79,22 @@ def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
   boxed = jax.eval_shape(lambda: make_state(model, optimizer, jax.random.key(0), reference))
   shardings = meshes.shardings(boxed, mesh)
   return meshes.abstract(nn.unbox(boxed), shardings), shardings
+
+
+def sampler_variables(model: ModelConfig, mesh) -> dict:
+  """{'params', 'router'} of ShapeDtypeStruct as the sampler reads them: compute_dtype, placed by the sampling table."""
+  boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+  shardings = meshes.shardings(boxed, mesh, meshes.SAMPLING)
+  cast = jax.eval_shape(lambda v: v | {'params': transformer.for_compute(model, v['params'])}, nn.unbox(boxed))
+  return meshes.abstract({'params': cast['params'], 'router': cast.get('router', {})},
+                         {'params': shardings['params'], 'router': shardings.get('router', {})})
+
+
+def make_relayout(model: ModelConfig, mesh):
+  """(variables as trained) -> those of `sampler_variables`, jitted: the way of new weights to the sampler."""
+  def relayout(variables):
+    return variables | {'params': transformer.for_compute(model, variables['params'])}
+  return jax.jit(relayout, out_shardings=jax.tree.map(lambda x: x.sharding, sampler_variables(model, mesh)))
 
 
 def make_init(model: ModelConfig, optimizer, shardings: TrainState, seed: int, reference: bool):

@@ -14,10 +14,10 @@ import tqdm
 from moe_rl import config as configs
 from moe_rl.data.pipeline import CorpusRows, batches
 from moe_rl.data.tokenizer import load_tokenizer
-from moe_rl.models.config import ModelConfig, own_fields
+from moe_rl.models.config import own_fields
 from moe_rl.models.heads import token_logprobs
 from moe_rl.models.moe import move_bias, router_metrics
-from moe_rl.models.transformer import Transformer
+from moe_rl.models.transformer import Transformer, for_compute, whole_vocabulary
 from moe_rl.models.weights import save_weights
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.programs import Program
@@ -26,19 +26,19 @@ from moe_rl.runtime.state import TrainState, make_optimizer
 from moe_rl.stages.start import Start
 
 
-def language_loss(model: ModelConfig, params, router, rows, weight, second_weight, c):
+def language_loss(net: Transformer, params, router, rows, weight, second_weight, c):
   """Sums over a microbatch, already divided by the whole step's counts, so that microbatches add up.
 
   rows: dict of int32 [N, T]; weight, second_weight: 1 / tokens of the step that have a next, a second-next token in
   their segment. Returns (loss, (metrics, load_LxE)). Loss = CE + mtp_weight CE_2 + balance_weight balance, in nats.
   """
-  net, variables = Transformer(model), {'params': params, 'router': router}
+  model, variables = net.config, {'params': whole_vocabulary(net, for_compute(net.config, params)), 'router': router}
   ids, positions, segments = rows['ids'], rows['positions'], rows['segments']
   out = net.apply(variables, ids, positions, segments)
 
   def cross_entropy(logits_of, hidden, ahead):
     hidden, targets = hidden[:, :-ahead], ids[:, ahead:]
-    logp, _ = token_logprobs(logits_of, hidden, targets)
+    logp, _ = token_logprobs(logits_of, hidden, targets, layout=net.layout)
     return -(logp * has_next(segments, ahead)).sum()
   loss = ce = cross_entropy(
     lambda h: net.apply(variables, h, method=net.logits), out.hidden_NxTxD, 1) * weight
@@ -62,13 +62,13 @@ def has_next(segments, ahead: int):
   return (segments[:, ahead:] == segments[:, :-ahead]) & (segments[:, ahead:] > 0)
 
 
-def make_update(model: ModelConfig, optimizer, c):
+def make_update(net: Transformer, optimizer, c):
   """(state, rows [M, R, T]) -> (state, metrics): one optimizer step over M microbatches of R rows."""
   def update(state: TrainState, rows):
     segments = rows['segments'].reshape(-1, rows['segments'].shape[-1])
     weight, second = (1 / jnp.maximum(has_next(segments, a).sum(), 1) for a in (1, 2))
     value_and_grad = jax.value_and_grad(
-      lambda p, r: language_loss(model, p, state.router, r, weight, second, c), has_aux=True)
+      lambda p, r: language_loss(net, p, state.router, r, weight, second, c), has_aux=True)
 
     def microbatch(total, r):
       (_, aux), grads = value_and_grad(state.params, r)
@@ -99,7 +99,7 @@ class Pretraining:
     self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     self.rows_sharding = meshes.rows(mesh, leading=1)
     self.update = jax.jit(
-      make_update(self.model, self.optimizer, c), donate_argnums=0,
+      make_update(Transformer(self.model, meshes.Layout(mesh)), self.optimizer, c), donate_argnums=0,
       in_shardings=(self.shardings, self.rows_sharding), out_shardings=(self.shardings, meshes.everywhere(mesh)))
 
   def programs(self) -> list[Program]:

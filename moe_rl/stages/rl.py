@@ -17,6 +17,7 @@ from moe_rl import config as configs
 from moe_rl.data.pipeline import batches
 from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
+from moe_rl.models.transformer import Transformer
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch, pack
 from moe_rl.rl.rewards.pool import Item, RewardPool, count_verdicts
@@ -26,7 +27,7 @@ from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.programs import Program
 from moe_rl.runtime.run import Clock, CompileCounter, Run
-from moe_rl.runtime.state import copied, make_optimizer
+from moe_rl.runtime.state import copied, make_optimizer, make_relayout, sampler_variables
 from moe_rl.stages.evaluate import Evaluation, evaluate
 from moe_rl.stages.start import Start
 
@@ -47,38 +48,51 @@ class RL:
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
     start = Start(config, self.model, self.optimizer, mesh, reference=r.kl_weight > 0)
     self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
-    self.variables_shardings = {'params': self.shardings.params, 'router': self.shardings.router}
     by_row, whole = meshes.rows(mesh), meshes.everywhere(mesh)
     self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
 
+    self.sampler_variables = sampler_variables(self.model, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, self.sampler_variables)
+    # On one device the sampler reads the trained weights themselves.
+    self.relayout = make_relayout(self.model, mesh) if mesh.size > 1 else lambda variables: variables
+
     def jit_sampler(**kwargs):
-      sample = make_sampler(self.model, max_new=s.max_new_tokens, eos_id=self.tokenizer.eos_ids, **kwargs)
-      return jax.jit(sample, in_shardings=(self.variables_shardings, by_row, by_row, by_row, whole),
-                     out_shardings=by_row)
-    self.sample = jit_sampler(group=r.group_size, **self.sampling)
-    self.sample_eval = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
+      sample = make_sampler(Transformer(self.model, meshes.Layout(mesh, 'sampling')), max_new=s.max_new_tokens,
+                            eos_id=self.tokenizer.eos_ids, **kwargs)
+      return jax.jit(sample, in_shardings=(placed, by_row, by_row, by_row, whole), out_shardings=by_row)
+    self.rollout = jit_sampler(group=r.group_size, **self.sampling)
+    self.evaluation = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
     self.eval_prompts = configs.eval_prompts_per_batch(config)
+    net = Transformer(self.model, meshes.Layout(mesh))
     self.update = jax.jit(
-      make_grpo_update(self.model, self.optimizer, r, self.sampling), donate_argnums=0,
+      make_grpo_update(net, self.optimizer, r, self.sampling), donate_argnums=0,
       in_shardings=(self.shardings, meshes.rows(mesh, leading=1), whole), out_shardings=(self.shardings, whole))
+
+  def sample(self, variables, *prompts):
+    """Completions of a step's prompts by the trained weights."""
+    return self.rollout(self.relayout(variables), *prompts)
+
+  def sample_eval(self, variables, *prompts):
+    return self.evaluation(self.relayout(variables), *prompts)
 
   def programs(self) -> list[Program]:
     r, s = self.config.rl, self.config.sampling
-    variables = {'params': self.abstract.params, 'router': self.abstract.router}
 
     def array(shape, dtype, leading=0):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.rows(self.mesh, leading))
 
     def sampler_arguments(prompts):
-      return (variables, array((prompts, s.max_prompt_tokens), jnp.int32), array((prompts,), jnp.int32),
+      return (self.sampler_variables, array((prompts, s.max_prompt_tokens), jnp.int32), array((prompts,), jnp.int32),
               array((prompts,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0)))
     samples = r.prompts_per_step // r.minibatches * r.group_size
     shape = (-(-samples // r.microbatch_rows), r.microbatch_rows, r.row_tokens)
     ints, floats = (array(shape, d, leading=1) for d in (jnp.int32, jnp.float32))
     return [
       self.start.program(),
-      Program('rollout', self.sample, sampler_arguments(r.prompts_per_step)),
-      Program('evaluation', self.sample_eval, sampler_arguments(self.eval_prompts)),
+      *([Program('weights to sampler', self.relayout, (
+        {'params': self.abstract.params, 'router': self.abstract.router},))] if self.mesh.size > 1 else []),
+      Program('rollout', self.rollout, sampler_arguments(r.prompts_per_step)),
+      Program('evaluation', self.evaluation, sampler_arguments(self.eval_prompts)),
       Program('GRPO update', self.update, (
         self.abstract, PackedBatch(ints, ints, ints, floats, floats, floats), jax.ShapeDtypeStruct((), jnp.int32)))]
 
@@ -109,7 +123,7 @@ def grade(pool: RewardPool, prompts, texts):
 def run(config, workdir, mesh) -> dict:
   """Trains to config.rl.steps from wherever the workdir is, and returns (and writes) the summary."""
   prompts = load_prompts(config, load_tokenizer(config.tokenizer))
-  lengths = configs.with_lengths(config, prompts.longest, mesh.shape['data'] * mesh.shape['fsdp'])
+  lengths = configs.with_lengths(config, prompts.longest, meshes.rows_over(mesh))
   folder, config = Run(config, workdir), lengths
   if summary := folder.finished():
     folder.close()
