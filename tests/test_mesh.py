@@ -21,6 +21,7 @@ from moe_rl.rl import grpo
 from moe_rl.rl.batch import pack
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import make_mesh
+from moe_rl.runtime.run import Run
 from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.rl import RL, sample_prompts
 
@@ -38,7 +39,27 @@ def pretrain(config, mesh):
   stage, c = Pretraining(config, mesh), config.pretrain
   rows = {k: v.reshape(-1, c.microbatch_rows, c.row_tokens) for k, v in next(stage.data()).items()}
   state, metrics = stage.update(stage.init(), rows)
+  written.append((stage, state))
   return {'loss': metrics['loss'], **flat(state)}
+
+def restored_everywhere(folder):
+  # Each mesh's checkpoint under each other mesh: {'A > B': how many numbers are not the same bits}
+  differing = {}
+  for i, (stage, state) in enumerate(written):
+    config = stage.config.copy_and_resolve_references()
+    run = Run(config, f'{folder}/{i}')
+    assert run.restore(stage.abstract) is None  # a new folder
+    run.save(1, state, {})
+    run.close()
+    for j, (other, _) in enumerate(written):
+      run = Run(config, f'{folder}/{i}')
+      _, got, _ = run.restore(other.abstract)
+      run.close()
+      for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(other.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+      differing[f'{i} > {j}'] = sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(
+        jax.tree.leaves(got), jax.tree.leaves(state), strict=True))
+  return differing
 
 def rl(config, mesh):
   stage, r, s = RL(config, mesh), config.rl, config.sampling
@@ -57,6 +78,7 @@ def rl(config, mesh):
           'logp': rollout.logp_BxGxS, **flat(state)}
 
 changes, every_mesh, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+written = []
 for name, mesh_name in every_mesh:
   sizes = dict.fromkeys(('data', 'fsdp', 'expert', 'tensor'), 1)
   sizes |= {k: int(v) for k, v in (part.split('=') for part in mesh_name.split(','))}
@@ -65,6 +87,8 @@ for name, mesh_name in every_mesh:
   mesh = make_mesh(configs.mesh_sizes(config, count), jax.devices()[:count])
   step = {'pretrain': pretrain, 'r1_zero': rl}[name]
   np.savez(f'{out}/{name}_{mesh_name}.npz', **jax.device_get(step(config, mesh)))
+if written:
+  open(f'{out}/restored.json', 'w').write(json.dumps(restored_everywhere(f'{out}/checkpoints')))
 """
 # Wider than the default 0.04, so that sampling depends on the weights; not so wide that rounding is amplified.
 MODEL = runs.MODEL | dict(init_std=0.15)
@@ -87,7 +111,11 @@ def step(tmp_path_factory):
                             XLA_FLAGS='--xla_force_host_platform_device_count=8') for pairs in meshes_of.values()]
   for process in both:
     runs.finish(process)
-  return lambda stage, mesh: dict(np.load(out / f'{stage}_{mesh}.npz'))
+
+  def load(stage, mesh):
+    return dict(np.load(out / f'{stage}_{mesh}.npz'))
+  load.folder = out
+  return load
 
 
 @pytest.mark.parametrize('mesh', [mesh for stage, mesh in EIGHT if stage == 'r1_zero'])
@@ -107,6 +135,12 @@ def test_one_step_gives_the_same_loss_gradient_and_weights_on_every_mesh(stage, 
   for name, wanted in one.items():
     # 1e-5 of the largest entry: float32 sums over a few hundred terms in another order.
     np.testing.assert_allclose(other[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+def test_a_checkpoint_written_under_one_mesh_is_the_same_bits_under_each_other(step):
+  differing = json.loads((step.folder / 'restored.json').read_text())
+  meshes_of = [mesh for stage, mesh in EIGHT if stage == 'pretrain']
+  assert len(differing) == (len(meshes_of) + 1)**2 and set(differing.values()) == {0}
 
 
 # The table.

@@ -73,7 +73,8 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
       last = jnp.take_along_axis(out.hidden_NxTxD, (prompt_length_B - 1)[:, None, None], axis=1)
       own = place(net, jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype),
                   None, 'batch', 'places', None, None)
-      cache = LatentCache(out.cells_LxNxTxZ, own, prompt_length_B, jnp.zeros((), jnp.int32))
+      cells = place(net, out.cells_LxNxTxZ, None, 'batch', None, None)  # whole on each device of a prompt's completions
+      cache = LatentCache(cells, own, prompt_length_B, jnp.zeros((), jnp.int32))
       token, logp = choose(0, last)
 
     response = jnp.zeros((batch, group, max_new), jnp.int32).at[:, :, 0].set(token)
