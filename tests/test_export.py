@@ -106,7 +106,7 @@ def test_no_space_left_while_exporting_leaves_nothing_behind_and_says_how_much_i
 
 def test_an_export_that_will_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=1000))
-  with pytest.raises(ValueError, match='needs 3,106,400 bytes, 1,000 are free there'):
+  with pytest.raises(ValueError, match='needs 3,098,208 bytes, 1,000 are free there'):
     export_command.run('embedded', str(tmp_path / 'out'))
   assert list(tmp_path.iterdir()) == []
 
