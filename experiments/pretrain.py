@@ -4,8 +4,7 @@ from moe_rl.config import base_config
 
 
 def get_config(preset: str = 'tiny'):
-  config = base_config(preset)
-  config.stage = 'pretrain'
+  config = base_config(preset, 'pretrain')
   config.optim.lr = 3e-3
   config.optim.final_lr = 3e-5
   config.optim.warmup_steps = 50

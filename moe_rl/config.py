@@ -4,37 +4,43 @@ import dataclasses
 import difflib
 
 import ml_collections
+from ml_collections import config_dict
 
 from moe_rl.data.corpus import Mix
+from moe_rl.data.problem_formats import FORMATS
 from moe_rl.data.tasks import Chain
 from moe_rl.data.templates import TEMPLATES
 from moe_rl.models.config import PRESETS, ModelConfig, Yarn
+from moe_rl.rl import objectives
+from moe_rl.rl.rewards import terms
 
 MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
-STAGES = ('pretrain', 'rl')
+# Stage -> the sections that it alone reads; what is not named here is read by all.
+STAGES = {'pretrain': ('pretrain', 'corpus'), 'rl': ('rl', 'sampling', 'rewards', 'eval')}
 
 
-def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
-  """Every key there is, at its default. Experiments change values and add no key.
+def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.ConfigDict:
+  """Every key that the stage reads, at its default. Experiments change values and add no key.
 
-  Raises ValueError for an unknown model preset, naming the nearest.
+  Raises ValueError for an unknown model preset or stage, naming the nearest.
   """
+  choose('stage', stage, tuple(STAGES))
   if preset not in PRESETS:
     near = difflib.get_close_matches(preset, PRESETS, 1)
     raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
                                                 f": use one of {', '.join(PRESETS)}"))
   c = ml_collections.ConfigDict()
-  c.stage = 'rl'  # 'pretrain' or 'rl'
+  c.stage = stage  # 'pretrain' or 'rl'
   c.seed = 0
   c.model = dataclasses.asdict(ModelConfig(**PRESETS[preset]))
   if c.model.yarn is None:  # a placeholder keeps the key's type open: None or a section
-    c.model.yarn = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
+    c.model.yarn = config_dict.placeholder(ml_collections.ConfigDict)
   c.init_from = ''  # '': random weights; 'embedded': the base in the package; or a .safetensors file of ours
   c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model
   c.template = 'short'  # 'short' or 'r1_zero'
 
   c.task = ml_collections.ConfigDict()
-  c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'jsonl' (files)
+  c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'choice', 'mbpp', 'jsonl' (files)
   c.task.path = ''  # training problems of a file task
   c.task.eval_path = ''  # its held-out problems; '': the last eval.problems of `path`, which then are not trained on
   c.task.seed = 0
@@ -73,11 +79,21 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.rl.group_size = 8  # completions a prompt
   c.rl.minibatches = 1  # optimizer updates a rollout
   c.rl.epochs = 1  # passes over a rollout
-  c.rl.scale_by_std = True  # advantage in units of the group's standard deviation; False: Dr. GRPO
-  c.rl.loss_denominator = 'token'  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
-  c.rl.clip_low = 0.2  # ratio is clipped to 1 - clip_low .. 1 + clip_high
-  c.rl.clip_high = 0.28
-  c.rl.kl_weight = 1e-3  # beta, on the k3 estimate per token; 0: no reference is kept
+  # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
+  # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'
+  c.rl.objective = 'grpo_token'
+  c.rl.advantage = config_dict.placeholder(str)  # 'group_std', 'group_mean', 'leave_one_out', 'batch_std', …
+  c.rl.loss_denominator = config_dict.placeholder(str)  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
+  c.rl.clip_low = config_dict.placeholder(float)  # ratio is clipped to 1 - clip_low .. 1 + clip_high
+  c.rl.clip_high = config_dict.placeholder(float)
+  c.rl.kl = config_dict.placeholder(str)  # estimator: 'k1', 'k2', 'k3'
+  c.rl.kl_weight = config_dict.placeholder(float)  # beta; 0: no reference is kept
+  c.rl.refill_rounds = config_dict.placeholder(int)  # times more that a step may sample to fill up with untied groups
+  c.rl.overlong_filter = config_dict.placeholder(bool)  # samples that were cut are left out of the loss
+  c.rl.old_logp = 'sampler'  # the old log-probs: 'sampler', or 'trainer', computed again before the first update
+  c.rl.importance = 'none'  # weights from sampler to trainer: 'none', 'truncate' (TIS), 'mask' (MIS), 'mask_sequence'
+  c.rl.importance_range = (0.5, 2.0)  # a weight is cut to the upper end ('truncate'), or must lie between the two
+  c.rl.replay_routing = False  # the sampler's expert choices hold in scoring and update; gates are computed anew
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
@@ -91,8 +107,8 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.sampling.max_new_tokens = 96
 
   c.rewards = ml_collections.ConfigDict()
-  c.rewards.accuracy_weight = 1.0
-  c.rewards.format_weight = 0.1
+  # Terms and weights; also language[:xx], repetition[:n], length, overlong[:n]: the table is in rl/rewards/terms.py
+  c.rewards.weights = 'accuracy=1,format=0.1'
   c.rewards.timeout_s = 5.0  # wall seconds an answer
   c.rewards.workers = 2  # processes
   c.rewards.memory_mb = 2048  # a worker
@@ -107,6 +123,9 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 20  # steps; 0: only at the end
   c.checkpoint.keep = 2
+  for other, sections in STAGES.items():
+    for section in sections if other != stage else ():
+      del c[section]
   return c
 
 
@@ -130,7 +149,10 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
 
   devices: how many there are; vocab_size: the tokenizer's. Raises ValueError: the key, its value, the remedy.
   """
-  choose('config.stage', config.stage, STAGES)
+  choose('config.stage', config.stage, tuple(STAGES))
+  missing = [section for section in STAGES[config.stage] if section not in config]
+  refuse(missing, f"config.stage '{config.stage}' reads config.{', config.'.join(missing)}, which this experiment has "
+                  f"not: start from base_config(preset, '{config.stage}')")
   choose('config.template', config.template, tuple(TEMPLATES))
   model = model_config(config)
   refuse(vocab_size > model.vocab_size,
@@ -175,8 +197,12 @@ def _validate_rl(config, model, rows_over):
   positive('config.rewards', config.rewards, ('timeout_s', 'workers'))
   refuse(config.rewards.memory_mb < 128,
          f'config.rewards.memory_mb {config.rewards.memory_mb} is too small for a worker (70 at rest): set 512 or more')
-  choose('config.rl.loss_denominator', r.loss_denominator, ('sequence', 'token', 'constant'))
-  choose('config.task.name', config.task.name, ('chain', 'gsm8k', 'math', 'countdown', 'jsonl'))
+  objective = _validate_objective(r, model)
+  choose('config.task.name', config.task.name, ('chain', *FORMATS))
+  try:
+    terms.validate(config.rewards.weights, s.max_new_tokens)
+  except ValueError as e:
+    raise ValueError(f'config.rewards.weights: {e}') from e
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp)', rows_over)
@@ -200,9 +226,31 @@ def _validate_rl(config, model, rows_over):
     refuse(not config.task.path,
            f"config.task.path is empty: task '{config.task.name}' reads a file, give --config.task.path=FILE")
   return {'samples_per_step': r.prompts_per_step * r.group_size, 'samples': r.prompts_per_step * r.group_size * r.steps,
-          'updates_per_step': r.minibatches * r.epochs,
+          'updates_per_step': r.minibatches * r.epochs, 'objective': f'{r.objective}: {objective}',
           'longest_sample_tokens': length if s.max_prompt_tokens else f'the longest prompt + {s.max_new_tokens}',
           'eval_samples': e.problems * e.samples}
+
+
+def _validate_objective(r, model) -> objectives.Objective:
+  choose('config.rl.objective', r.objective, tuple(objectives.OBJECTIVES))
+  o = objectives.chosen(r)
+  for key, options in (('advantage', objectives.ADVANTAGES), ('loss_denominator', objectives.DENOMINATORS),
+                       ('kl', objectives.ESTIMATORS)):
+    choose(f'config.rl.{key}', getattr(o, key), options)
+  choose('config.rl.old_logp', r.old_logp, ('sampler', 'trainer'))
+  choose('config.rl.importance', r.importance, objectives.IMPORTANCE)
+  positive('config.rl', dataclasses.asdict(o), ('clip_low', 'clip_high'))
+  for key, value in (('kl_weight', o.kl_weight), ('refill_rounds', o.refill_rounds)):
+    refuse(value < 0, f'config.rl.{key} {value} must not be negative; 0 turns it off')
+  refuse(r.importance != 'none' and r.old_logp != 'trainer',
+         f"config.rl.importance '{r.importance}' weighs the sampler's log-probs against the trainer's: "
+         "set config.rl.old_logp to 'trainer'")
+  ends = tuple(r.importance_range)
+  refuse(len(ends) != 2 or not 0 <= ends[0] <= 1 <= ends[1],
+         f'config.rl.importance_range {ends}: give two numbers around 1, such as (0.5, 2.0)')
+  refuse(r.replay_routing and not model.moe_layers,
+         'config.rl.replay_routing: the model has no experts; set it to False')
+  return o
 
 
 def with_lengths(config, longest_prompt: int, rows_over: int = 1):

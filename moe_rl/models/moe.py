@@ -260,7 +260,7 @@ class MoE(nn.Module):
       bias = self.variable('router', 'bias', bias_init, None, (c.experts,), jnp.float32).value
     else:
       score_NxE, bias = nn.softmax(logits), None
-    picked = choose(jax.lax.stop_gradient(score_NxE), bias, c)
+    picked = self.recorded_or(choose(jax.lax.stop_gradient(score_NxE), bias, c), x_NxTxD.shape[:2])
     gate = gates(score_NxE, picked, c)
     picked = jnp.where(valid_NxT.reshape(-1, 1), picked, c.experts)
 
@@ -273,3 +273,18 @@ class MoE(nn.Module):
     load = jnp.bincount(picked.reshape(-1), length=c.experts + 1)[:-1].astype(jnp.float32)
     score = score_NxE.reshape(*x_NxTxD.shape[:2], c.experts)
     return y, RouterStats(load_E=load, balance=balance_loss(score, valid_NxT, c))
+
+  def recorded_or(self, picked_NxK: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The picks that are used: those of the collection `picks`, where it is given and holds one (-1: none).
+
+    A collection that can be written to is filled instead. So `apply(…, mutable=['picks'])` records where every token
+    went, int16 [N, T, K] a layer, and `apply({…, 'picks': recorded}, …)` sends it there again. Only the choice is
+    replayed: gates are computed anew, so gradients flow through them; the selection bias, which acts on the choice
+    alone, is idle for replayed tokens.
+    """
+    if self.is_mutable_collection('picks') and not self.is_initializing():
+      self.put_variable('picks', 'experts', picked_NxK.reshape(*shape, -1).astype(jnp.int16))
+    elif self.has_variable('picks', 'experts'):
+      recorded = self.get_variable('picks', 'experts').reshape(picked_NxK.shape).astype(picked_NxK.dtype)
+      picked_NxK = jnp.where(recorded >= 0, recorded, picked_NxK)
+    return picked_NxK

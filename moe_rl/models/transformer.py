@@ -58,7 +58,7 @@ def stack(config: ModelConfig, moe: bool, layers: int, name: str) -> nn.Module:
   if config.remat != 'none':
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
     block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
-  shared = dict(variable_axes={'params': 0, 'router': 0}, split_rngs={'params': True}, length=layers,
+  shared = dict(variable_axes={'params': 0, 'router': 0, 'picks': 0}, split_rngs={'params': True}, length=layers,
                 metadata_params={nn.PARTITION_NAME: 'layers'})
   return nn.scan(block, methods={
     '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),
