@@ -132,11 +132,11 @@ from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.rl import RL
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition('/')[2]))
-out = {}
-for name, stage in (('pretrain', Pretraining), ('r1_zero', RL)):
+stages, out = {'pretrain': Pretraining, 'r1_zero': RL}, {}
+for name, changes in json.loads(sys.argv[1]).items():
   config = load_experiment(f'experiments/{name}.py')
-  config.update(json.loads(sys.argv[1])[name])
-  made = stage(config, make_mesh(configs.mesh_sizes(config, 1)))
+  config.update(changes)
+  made = stages[name](config, make_mesh(configs.mesh_sizes(config, 1)))
   jitted = {id(v) for v in vars(made).values() if hasattr(v, 'lower')}
   assert len(jitted) > 1 and jitted == {id(program.function) for program in made.programs()}
   for program in made.programs():

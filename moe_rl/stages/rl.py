@@ -112,8 +112,9 @@ class RL:
   def learn(self, state, rollout: Rollout, reward_BxG: np.ndarray, readable_BxG: np.ndarray):
     """(state, metrics) after all updates on a rollout of numpy arrays; it is not changed.
 
-    readable_BxG: bool; samples whose reference cannot be read are left out of the loss. Metrics are the last update's, but for the gap between sampler and trainer, which is taken at the weights that
-    sampled: by the scoring, or else in the first update.
+    readable_BxG: bool; samples whose reference cannot be read are left out of the loss. Metrics are the last update's,
+    but for the gap between sampler and trainer, which is taken at the weights that sampled: by the scoring, or else in
+    the first update.
     """
     r, o = self.config.rl, self.objective
     kept = (rollout.stopped_BxG | (not o.overlong_filter)) & readable_BxG
