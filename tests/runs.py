@@ -28,7 +28,7 @@ MODEL = dict(width=32, heads=2, layers=2, experts=4, expert_ff=16, dense_ff=32, 
 TASK = dict(min_terms=2, max_terms=3, max_total=18)
 # 60 steps of these teach the form of an answer, so that rewards differ within a group and RL has gradients.
 PRETRAIN = {
-  'model': MODEL, 'task': TASK, 'corpus': dict(direct=0.98, steps=0.0, malformed=0.02, facts=0.0),
+  'model': MODEL, 'task': TASK, 'corpus': dict(direct=0.98, steps=0.0, malformed=0.02),
   'optim': dict(lr=0.02, warmup_steps=10),
   'pretrain': dict(steps=60, rows_per_step=16, row_tokens=48, microbatch_rows=8), 'checkpoint': dict(every=20)}
 # Two minibatches a rollout and a reference that moves: all that a resumed run has to bring back.

@@ -15,7 +15,6 @@ from moe_rl.models.weights import EMBEDDED
 from moe_rl.rl.rewards.functions import grade
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import make_mesh
-from moe_rl.runtime.state import born
 from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.rl import RL, sample_prompts
 
@@ -42,7 +41,7 @@ def test_the_base_was_made_by_the_shipped_config(card):
 def test_retraining_from_the_seed_gives_the_recorded_first_steps(card):
   config = ml_collections.ConfigDict(card['config'])
   stage = Pretraining(config, one_device_mesh(config))
-  state = born(stage.model, stage.optimizer, stage.mesh, config.seed, reference=False)
+  state = stage.initial_state()
   data, c = stage.data(), config.pretrain
   for recorded in card['first_steps'][:3]:
     rows = {k: v.reshape(-1, c.microbatch_rows, c.row_tokens) for k, v in next(data).items()}

@@ -161,6 +161,9 @@ def test_an_unknown_split_is_refused():
 WELL_FORMED = re.compile(r'User:([^A]*=\?)Assistant:<think>([^<]*)</think><answer>(\d+)</answer>')
 
 
+PASSED = re.compile(' then | check |然后|检查')  # between one sum and the next
+
+
 def style_of(text: str) -> str:
   if not text.startswith('User:'):
     return 'facts'
@@ -179,7 +182,7 @@ def documents():
 def test_the_styles_have_the_shares_of_the_mix(documents):
   styles, mix = [style_of(d) for d in documents], Mix()
   for style in ('direct', 'steps', 'malformed', 'facts'):
-    share = getattr(mix, style)
+    share = getattr(mix, style) if style != 'facts' else 1 - mix.direct - mix.steps - mix.malformed
     # Four standard errors of a binomial: one right corpus of 4,000 would fail.
     assert abs(styles.count(style) / 6000 - share) < 4 * (share * (1 - share) / 6000)**0.5, style
 
@@ -189,10 +192,9 @@ def test_slips_second_passes_and_guesses_have_the_rates_of_the_mix(documents):
   worked = [m for m in found if '=' in m[2]]
   # A small answer minus three may be held at 0, and so be right: only answers above 3 tell.
   guesses = [int(m[3]) != totals_of(m[1])[-1] for m in found if '=' not in m[2] and totals_of(m[1])[-1] > 3]
-  steps = [eval(s.removeprefix('wait ').replace('=', '!=')) for m in worked
-           for s in re.split(r',| check ', m[2]) if not s.startswith('wait')]
-  for name, events, rate in (('check', [' check ' in m[2] for m in worked], mix.check), ('guess', guesses, mix.guess),
-                             ('slip', steps, mix.slip)):
+  checked = [bool(re.search(' check |检查', m[2])) for m in worked]
+  steps = [eval(re.split(' wait |等等', s)[0].replace('=', '!=')) for m in worked for s in PASSED.split(m[2])]
+  for name, events, rate in (('check', checked, mix.check), ('guess', guesses, mix.guess), ('slip', steps, mix.slip)):
     # A slip below 0 is held there and may be right, so the rate of slips is up to a tenth lower.
     slack = 4 * (rate * (1 - rate) / len(events))**0.5 + (rate / 10 if name == 'slip' else 0)
     assert len(events) > 500 and abs(np.mean(events) - rate) < slack, name
@@ -200,10 +202,22 @@ def test_slips_second_passes_and_guesses_have_the_rates_of_the_mix(documents):
 
 def test_working_without_a_slip_gives_the_right_answer(documents):
   for match in filter(None, map(WELL_FORMED.fullmatch, documents)):
-    steps = match[2].split(',')
-    if '=' in match[2] and not re.search('check|wait', match[2]) and all(eval(s.replace('=', '==')) for s in steps):
+    steps = PASSED.split(match[2])
+    once = '=' in match[2] and not re.search('check|wait|检查|等等', match[2])
+    if once and all(eval(s.replace('=', '==')) for s in steps):
       assert [int(s.split('=')[1]) for s in steps] == totals_of(match[1])[1:]
       assert int(match[3]) == totals_of(match[1])[-1]
+
+
+def test_worked_documents_are_english_chinese_or_both(documents):
+  '''Two links or more tell: a mixed document of k links is all of one language in 2^(1-k) of the cases.'''
+  found = [re.findall(' (?:then|wait|check) |然后|等等|检查', m[2]) for m in map(WELL_FORMED.fullmatch, documents) if m]
+  found = [links for links in found if len(links) >= 2]
+  both = [any(x.isascii() for x in links) and not all(x.isascii() for x in links) for links in found]
+  expected = np.mean([Mix().mixed * (1 - 0.5**(len(links) - 1)) for links in found])
+  assert len(found) > 1000 and abs(np.mean(both) - expected) < 4 * (expected * (1 - expected) / len(found))**0.5
+  english = np.mean([links[0].isascii() for links, b in zip(found, both, strict=True) if not b])
+  assert abs(english - 0.5) < 4 * (0.25 / (len(found) - sum(both)))**0.5
 
 
 def test_facts_are_true_and_within_the_chains_range(documents):
@@ -223,9 +237,9 @@ def test_a_document_depends_on_its_random_state_alone():
     document(Chain(), Mix(), random.Random(i)) for i in range(20)]
 
 
-def test_shares_that_do_not_sum_to_one_are_refused():
-  with pytest.raises(ValueError, match=r'config.corpus: direct \+ steps \+ malformed \+ facts is 1.2, must be 1'):
-    Mix(direct=0.5, steps=0.5, malformed=0.1, facts=0.1)
+def test_shares_beyond_one_are_refused():
+  with pytest.raises(ValueError, match=r'config.corpus: direct \+ steps \+ malformed is 1.1, must not exceed 1'):
+    Mix(direct=0.5, steps=0.5, malformed=0.1)
 
 
 # Rows and batches.

@@ -1,7 +1,8 @@
 """The text that the embedded base is pre-trained on: the same problems, written by people of mixed care.
 
 Most documents answer at once, some work step by step, some of those slip and of these some notice ("wait"), some go
-over the work twice ("check"), some are malformed. Nothing here says that working pays; that is for RL to find.
+over the work twice ("check"), some are malformed. They think in English, in Chinese or in both at once, whatever the
+language of the question. Nothing here says that working pays, or what to think in; that is for RL to find.
 """
 
 import dataclasses
@@ -13,21 +14,27 @@ from moe_rl.data.templates import render
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-  """Shares of the documents (they sum to 1) and rates of their faults."""
+  """Shares of the documents, the rest being sheets of single sums, and rates of what befalls them."""
 
   direct: float = 0.66
   steps: float = 0.22
   malformed: float = 0.09
-  facts: float = 0.03
   slip: float = 0.03  # a step of a worked document
   wait: float = 0.5  # of the slips are noticed
   check: float = 0.10  # of the worked documents go over it again
   guess: float = 0.6  # of the direct documents give a near miss
+  mixed: float = 0.4  # of the worked documents change their language as they go; the others are half English
 
   def __post_init__(self):
-    total = self.direct + self.steps + self.malformed + self.facts
-    if abs(total - 1) > 1e-6:
-      raise ValueError(f'config.corpus: direct + steps + malformed + facts is {total:g}, must be 1')
+    total = self.direct + self.steps + self.malformed
+    if total > 1 + 1e-6:
+      raise ValueError(f'config.corpus: direct + steps + malformed is {total:g}, must not exceed 1')
+
+
+LANGUAGES = ('en', 'zh')
+THEN, WAIT, CHECK = (dict(zip(LANGUAGES, words, strict=True)) for words in (
+  (' then ', '然后'), (' wait ', '等等'), (' check ', '检查')))  # a token each
+SHRUGS = ('', '', '', '', 'easy', 'sure', 'hm', '简单')  # all the thinking of a direct answer
 
 
 def document(chain: Chain, mix: Mix, rng: random.Random) -> str:
@@ -36,13 +43,14 @@ def document(chain: Chain, mix: Mix, rng: random.Random) -> str:
     question, totals = chain.draw(rng)
     if not held_out(question):
       break
+  facts_share = max(0.0, 1 - mix.direct - mix.steps - mix.malformed)
   style = rng.choices(('direct', 'steps', 'malformed', 'facts'),
-                      (mix.direct, mix.steps, mix.malformed, mix.facts))[0]
+                      (mix.direct, mix.steps, mix.malformed, facts_share))[0]
   if style == 'facts':
     return facts(chain, rng)
   prompt = render('short', question)
   if style == 'direct' or (style == 'malformed' and rng.random() < 0.7):
-    thinking, answer = rng.choice(('', '', '', 'easy', 'sure', 'hm')), totals[-1]
+    thinking, answer = rng.choice(SHRUGS), totals[-1]
     if rng.random() < mix.guess:
       answer = max(0, answer + rng.choice((-3, -2, -1, 1, 2, 3)))
   else:
@@ -52,32 +60,35 @@ def document(chain: Chain, mix: Mix, rng: random.Random) -> str:
 
 
 def work(question: str, totals: list[int], mix: Mix, rng: random.Random) -> tuple[str, int]:
-  """Running sums such as `8+1=9,9-8=1`, with slips, some noticed; maybe a second pass. Returns text and answer."""
-  first, result = one_pass(question, totals, mix, rng)
+  """Running sums such as `8+1=9 then 9-8=1`, with slips, some noticed; maybe a second pass. Returns text and answer."""
+  spoken = LANGUAGES if rng.random() < mix.mixed else (rng.choice(LANGUAGES),)
+
+  def one_pass() -> tuple[str, int]:
+    total, text = totals[0], ''
+    for sign, term in zip(question[1:-2:2], question[2:-2:2], strict=True):
+      link = THEN[rng.choice(spoken)] if text else ''
+      sum_, right = f'{total}{sign}{term}', total + int(sign + term)
+      total = right
+      text += f'{link}{sum_}='
+      if rng.random() >= mix.slip:
+        text += f'{right}'
+        continue
+      wrong = max(0, right + rng.choice((-10, -2, -1, 1, 2, 10)))
+      if rng.random() < mix.wait:
+        text += f'{wrong}{WAIT[rng.choice(spoken)]}{sum_}={right}'
+      else:
+        text, total = f'{text}{wrong}', wrong
+    return text, total
+
+  first, result = one_pass()
   if rng.random() >= mix.check:
     return first, result
-  second, again = one_pass(question, totals, mix, rng)
+  second, again = one_pass()
+  text = f'{first}{CHECK[rng.choice(spoken)]}{second}'
   if again == result:
-    return f'{first} check {second}', result
-  third, last = one_pass(question, totals, mix, rng)  # they disagree: a third decides
-  return f'{first} check {second} check {third}', last
-
-
-def one_pass(question: str, totals: list[int], mix: Mix, rng: random.Random) -> tuple[str, int]:
-  total, steps = totals[0], []
-  for sign, term in zip(question[1:-2:2], question[2:-2:2], strict=True):
-    right = total + int(sign + term)
-    if rng.random() < mix.slip:
-      wrong = max(0, right + rng.choice((-10, -2, -1, 1, 2, 10)))
-      steps.append(f'{total}{sign}{term}={wrong}')
-      if rng.random() >= mix.wait:
-        total = wrong
-        continue
-      steps.append(f'wait {total}{sign}{term}={right}')
-    else:
-      steps.append(f'{total}{sign}{term}={right}')
-    total = right
-  return ','.join(steps), total
+    return text, result
+  third, last = one_pass()  # they disagree: a third decides
+  return f'{text}{CHECK[rng.choice(spoken)]}{third}', last
 
 
 def facts(chain: Chain, rng: random.Random) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_rl.data.corpus import Mix, document
 from moe_rl.data.tasks import Chain
+from moe_rl.data.templates import TAGS
 from moe_rl.data.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ class CorpusRows(grain.RandomAccessDataSource):
     row = {name: np.zeros(self._row_tokens, np.int32) for name in ('ids', 'positions', 'segments')}
     at, segment = 0, 0
     while at < self._row_tokens:
-      ids = self._tokenizer.encode(document(self._chain, self._mix, rng)) + [self._tokenizer.eos_id]
+      ids = self._tokenizer.encode(document(self._chain, self._mix, rng), allow=TAGS) + [self._tokenizer.eos_id]
       ids, segment = ids[:self._row_tokens - at], segment + 1
       cells = slice(at, at + len(ids))
       row['ids'][cells], row['positions'][cells], row['segments'][cells] = ids, np.arange(len(ids)), segment

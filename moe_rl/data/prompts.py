@@ -5,7 +5,7 @@ import dataclasses
 from moe_rl.config import chain_task
 from moe_rl.data.problems import Problem, usable_problems
 from moe_rl.data.tasks import Problems
-from moe_rl.data.templates import render
+from moe_rl.data.templates import opening, prompt_ids
 from moe_rl.data.tokenizer import Tokenizer
 
 ENDLESS = 2**31 - 1  # problem ids address randomness as int32
@@ -13,10 +13,11 @@ ENDLESS = 2**31 - 1  # problem ids address randomness as int32
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """problem: what is asked; ids: the rendered template's token ids."""
+  """problem: what is asked; ids: the template's token ids; opening: what they already say of the answer."""
 
   problem: Problem
   ids: tuple[int, ...]
+  opening: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,14 @@ def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
   """Prompts of config.task. A prompt longer than sampling.max_prompt_tokens (or, where that is 0, than the
   model's length leaves room for) is left out, counted and named.
 
-  Raises ValueError if none is left, if a procedural prompt is too long, or DataError for a bad file.
+  Raises ValueError if none is left, if a procedural prompt is too long, if the tokenizer lacks what config.template
+  needs, or DataError for a bad file.
   """
   limit = config.sampling.max_prompt_tokens or config.model.max_length - config.sampling.max_new_tokens
+  opened = opening(config.template, tokenizer)
 
   def prompt(problem: Problem) -> Prompt:
-    return Prompt(problem, tuple(tokenizer.encode(render(config.template, problem.question))))
+    return Prompt(problem, tuple(prompt_ids(config.template, tokenizer, problem.question)), opened)
   if config.task.name == 'chain':
     return _procedural(config, prompt, limit)
 

@@ -21,7 +21,7 @@ MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 
 @flax.struct.dataclass
 class LatentCache:
-  """What decode reads: normed latents and rotated shared keys, layers leading.
+  """What decode reads: a cell a token, as the model's attention makes and reads it, layers leading.
 
   A group's completions share their prompt's cells, which are stored once.
 
@@ -57,6 +57,26 @@ def _attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
   p = jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True)))
   o = jnp.einsum('nhts,nhsd->nhtd', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return (o / p.sum(-1)[..., None]).astype(v.dtype).swapaxes(1, 2)
+
+
+def causal_within(segments_NxT) -> jax.Array:
+  """bool [N, 1, T, S]: a token sees itself and earlier tokens of its own segment."""
+  length = segments_NxT.shape[1]
+  causal_TxS = jnp.tril(jnp.ones((length, length), bool))
+  same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
+  return (causal_TxS & same_NxTxS)[:, None]
+
+
+def decode_weights(prompt, own, new, prompt_length_B, own_length, dtype):
+  """Softmax over prompt cells, own cells and the new one together, as three arrays of `dtype`.
+
+  prompt, own, new: float32 scores [B, G, ..., cells]; visible: cells p < prompt_length_B, s < own_length and the new.
+  """
+  length = prompt_length_B.reshape(-1, *[1] * (prompt.ndim - 1))
+  prompt = jnp.where(jnp.arange(prompt.shape[-1]) < length, prompt, MASKED)
+  own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
+  p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(dtype)
+  return jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
 
 
 class MLA(nn.Module):
@@ -113,11 +133,7 @@ class MLA(nn.Module):
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.rope_dim))
     query = jnp.concatenate([q_nope, q_rope], axis=-1) * c.softmax_scale
     key = jnp.concatenate([k_nope, k_rope], axis=-1)
-
-    length = x_NxTxD.shape[1]
-    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
-    same_NxTxS = segments_NxT[:, :, None] == segments_NxT[:, None, :]
-    o_NxTxHxV = attend(query, key, value, (causal_TxS & same_NxTxS)[:, None])
+    o_NxTxHxV = attend(query, key, value, causal_within(segments_NxT))
     return product(o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
   def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
@@ -138,11 +154,7 @@ class MLA(nn.Module):
     prompt = scores('bpz,bghz->bpgh', prompt_BxPxZ).transpose(0, 2, 3, 1)
     own = scores('bgsz,bghz->bgsh', own_BxGxSxZ).swapaxes(2, 3)
     new = scores('bgz,bghz->bgh', cell_BxGxZ)[..., None]
-    in_prompt = jnp.arange(prompt.shape[-1]) < prompt_length_B[:, None, None, None]
-    prompt = jnp.where(in_prompt, prompt, MASKED)
-    own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
-    p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(x_BxGxD.dtype)
-    p_prompt, p_own, p_new = jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+    p_prompt, p_own, p_new = decode_weights(prompt, own, new, prompt_length_B, own_length, x_BxGxD.dtype)
     o_BxGxHxZ = (  # the rotated keys' columns come along and are cut off: cheaper than a cut copy of the cache
       jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ)
       + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)

@@ -1,8 +1,8 @@
 """Small shared layers: weights that know their logical axes, RMSNorm, SwiGLU.
 
 Axes by letter, here and in names such as x_NxTxD: B prompts, G completions of a prompt, N sequences (N = B G),
-T tokens, S cached cells, D model width, H heads, C latent width, R rotary width, Z = C + R, E experts, K picked,
-F feed-forward width, V vocabulary.
+T tokens, S cached cells, D model width, H heads, C latent width, R rotary width, Z a cached cell (C + R, or keys and
+values), E experts, K picked, F feed-forward width, V vocabulary.
 """
 
 import flax.linen as nn
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from moe_rl.models.config import ModelConfig
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-  """A normal(0, init_std) parameter in `param_dtype` with logical axes, cast to the compute dtype."""
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=None) -> jax.Array:
+  """A normal(0, init_std) parameter (or as `init` has it) in `param_dtype` with logical axes, cast to compute_dtype."""
   config = module.config
-  init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+  init = nn.with_logical_partitioning(init or nn.initializers.normal(config.init_std), axes)
   return module.param(name, init, shape, jnp.dtype(config.param_dtype)).astype(config.compute_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions, with YaRN's interpolation for contexts beyond the original one."""
+"""Rotary positions, with YaRN's or Llama 3.1's interpolation for contexts beyond the original one."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_rl.models.config import ModelConfig, Yarn, yarn_magnitude
+from moe_rl.models.config import Llama3Rope, ModelConfig, Yarn, yarn_magnitude
 
 
 def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
@@ -21,14 +21,23 @@ def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
   return max(low, 0), min(high, dim - 1)
 
 
+def llama3_scaled(frequency: np.ndarray, rope: Llama3Rope) -> np.ndarray:
+  """Frequencies (radians a token) for a context `rope.factor` times the original one (Llama 3.1's released code)."""
+  turns = rope.original_length * frequency / (2 * math.pi)  # over the original context
+  kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+  return frequency * (kept + (1 - kept) / rope.factor)
+
+
 def frequencies(config: ModelConfig) -> np.ndarray:
   """float32 [R/2], radians a token; a numpy constant, so that it folds into the program."""
-  dim = config.rope_dim
+  dim = config.rotary_dim
   frequency = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
   if config.yarn is not None:
     low, high = yarn_range(dim, config.rope_theta, config.yarn)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
     frequency = frequency / config.yarn.factor * ramp + frequency * (1 - ramp)
+  if config.llama3 is not None:
+    frequency = llama3_scaled(frequency, config.llama3)
   return frequency.astype(np.float32)
 
 

@@ -1,4 +1,7 @@
-"""The Transformer: one module for training, scoring, prefill and decode (DeepSeek-V3, arXiv:2412.19437, sec. 2)."""
+"""The Transformer: one module for training, scoring, prefill and decode (DeepSeek-V3, arXiv:2412.19437, sec. 2).
+
+Attention is latent or grouped, the feed-forward sparse or dense, the head its own or the embedding: as the config says.
+"""
 
 import flax
 import flax.linen as nn
@@ -7,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import ModelConfig
+from moe_rl.models.gqa import GQA
 from moe_rl.models.layers import RMSNorm, SwiGLU, weight
 from moe_rl.models.moe import MoE, RouterStats
 
@@ -30,7 +34,7 @@ class Block(nn.Module):
   def setup(self):
     c = self.config
     self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.attention = MLA(c)
+    self.attention = {'mla': MLA, 'gqa': GQA}[c.attention](c)
     self.ff_norm = RMSNorm(c.norm_eps, c.param_dtype)
     self.ff = MoE(c) if self.moe else SwiGLU(c, c.dense_ff)
 
@@ -79,7 +83,10 @@ class Transformer(nn.Module):
     if c.moe_layers:
       self.moe = stack(c, True, c.moe_layers, 'moe')
     self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.unembed = weight(self, 'unembed', (c.width, c.vocab_size), ('embed', 'vocab'))
+    if c.tied:
+      self.unembed = self.embed.T
+    else:
+      self.unembed = weight(self, 'unembed', (c.width, c.vocab_size), ('embed', 'vocab'))
     if c.mtp_layers:
       self.mtp = MTP(c)
 
@@ -122,10 +129,11 @@ class Transformer(nn.Module):
   def second_hidden(self, hidden_NxTxD, ids_NxT, positions_NxT, segments_NxT) -> jax.Array:
     """Multi-token prediction, depth 1 (eq. 21, 22): hidden [N, T, D] at i, for `second_logits` of token i + 2.
 
-    hidden: `Output.hidden_NxTxD` of the same ids. The last two positions of a segment predict nothing real.
+    hidden: `Output.hidden_NxTxD` of the same ids. The last two positions of a segment predict nothing real. The module
+    reads it after the final norm: so the released weights are run (`transformers`, for one); the paper leaves it open.
     """
     following = jnp.pad(ids_NxT[:, 1:], ((0, 0), (0, 1)))
-    return self.mtp(hidden_NxTxD, self.embed[following], positions_NxT, segments_NxT)
+    return self.mtp(self.final_norm(hidden_NxTxD), self.embed[following], positions_NxT, segments_NxT)
 
   def second_logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] of `second_hidden` -> float32 [..., V], through the shared head (eq. 23)."""

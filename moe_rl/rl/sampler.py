@@ -52,12 +52,13 @@ def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
 
 
-def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
+def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, record_picks: bool = False):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
-  rows have ended. record_picks: the rollout says which experts each token went to.
+  rows have ended, each at the first eos_id, of which there may be several. record_picks: the rollout says which
+  experts each token went to.
   """
   net = Transformer(model)
 
@@ -71,6 +72,9 @@ def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
   def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
     batch, length = prompt_BxP.shape
     keys = row_keys(key, problem_B, group)
+
+    def ends(token):
+      return jnp.isin(token, jnp.array(eos_id))
 
     def choose(position, hidden):
       logits = net.apply(variables, hidden, method=net.logits)
@@ -105,12 +109,12 @@ def make_sampler(model: ModelConfig, *, group: int, max_new: int, eos_id: int,
       logps = jax.lax.dynamic_update_slice_in_dim(logps, logp[..., None], t, axis=2)
       if record_picks:  # of the token before this one, which the model has just read
         picks = jax.lax.dynamic_update_slice_in_dim(picks, jnp.moveaxis(read, 0, 2)[:, :, None], t - 1, axis=2)
-      return t + 1, token, stopped | (token == eos_id), cache, response, logps, picks
+      return t + 1, token, stopped | ends(token), cache, response, logps, picks
 
     with jax.named_scope('decode'):
-      carry = (jnp.ones((), jnp.int32), token, token == eos_id, cache, response, logps, picks)
+      carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps, picks)
       _, _, stopped, _, response, logps, picks = jax.lax.while_loop(going_on, step, carry)
-    ended = response == eos_id
+    ended = ends(response)
     length_BxG = jnp.where(stopped, jnp.argmax(ended, axis=-1) + 1, max_new).astype(jnp.int32)
     if record_picks:  # the last token is read only where another row goes on
       prompt_picks = jnp.where(segments[..., None, None] > 0, prompt_picks, -1)

@@ -26,6 +26,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
   return Mesh(devices.reshape([sizes[a] for a in AXES]), AXES)
 
 
+def one_device_mesh() -> Mesh:
+  """This host's first device alone."""
+  return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+
+
 def spec(logical: tuple[str | None, ...], rules=None) -> PartitionSpec:
   """Mesh axes of an array's logical axes. Raises ValueError for an unknown axis, or when two want one mesh axis."""
   rules, taken, out = rules or RULES, {}, []
@@ -46,6 +51,11 @@ def shardings(boxed, mesh: Mesh):
   def leaf(x):
     return NamedSharding(mesh, spec(x.names) if isinstance(x, nn.LogicallyPartitioned) else PartitionSpec())
   return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def abstract(shapes, placed):
+  """Trees of shapes and of shardings as one tree of ShapeDtypeStruct: what programs are compiled from."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -1,6 +1,5 @@
 """Pre-training: next token, second-next token (MTP), balanced experts. One loop over packed rows."""
 
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -15,7 +14,7 @@ import tqdm
 from moe_rl import config as configs
 from moe_rl.data.pipeline import CorpusRows, batches
 from moe_rl.data.tokenizer import load_tokenizer
-from moe_rl.models.config import ModelConfig
+from moe_rl.models.config import ModelConfig, own_fields
 from moe_rl.models.heads import token_logprobs
 from moe_rl.models.moe import move_bias, router_metrics
 from moe_rl.models.transformer import Transformer
@@ -23,7 +22,8 @@ from moe_rl.models.weights import save_weights
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.programs import Program
 from moe_rl.runtime.run import CompileCounter, Run
-from moe_rl.runtime.state import TrainState, abstract_state, make_init, make_optimizer
+from moe_rl.runtime.state import TrainState, make_optimizer
+from moe_rl.stages.start import Start
 
 
 def language_loss(model: ModelConfig, params, router, rows, weight, second_weight, c):
@@ -95,8 +95,8 @@ class Pretraining:
     self.config, self.mesh = config, mesh
     self.model = configs.model_config(config)
     self.optimizer = make_optimizer(config, c.steps)
-    self.abstract, self.shardings = abstract_state(self.model, self.optimizer, mesh, reference=False)
-    self.init = make_init(self.model, self.optimizer, mesh, config.seed, reference=False)
+    start = Start(config, self.model, self.optimizer, mesh, reference=False)
+    self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     self.rows_sharding = meshes.rows(mesh, leading=1)
     self.update = jax.jit(
       make_update(self.model, self.optimizer, c), donate_argnums=0,
@@ -107,7 +107,11 @@ class Pretraining:
     shape = (c.rows_per_step // c.microbatch_rows, c.microbatch_rows, c.row_tokens)
     rows = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows_sharding)
             for k in ('ids', 'positions', 'segments')}
-    return [Program('init', self.init, ()), Program('pretrain update', self.update, (self.abstract, rows))]
+    return [self.start.program(), Program('pretrain update', self.update, (self.abstract, rows))]
+
+  def initial_state(self):
+    """Random weights, or those of config.init_from. Raises ValueError before any compile where they do not fit."""
+    return self.start.state()
 
   def data(self):
     c, tokenizer = self.config.pretrain, load_tokenizer(self.config.tokenizer)
@@ -125,13 +129,12 @@ def run(config, workdir, mesh) -> dict:
     return summary
   folder.catch_signals()
   data, done, spent, metrics = stage.data(), 0, 0.0, {}
+  state = None if folder.begun else stage.initial_state()  # before the folder is written to, as it may refuse
   restored = folder.restore(stage.abstract)
   if restored:
     done, state, host = restored
     data.set_state(host['data'])
     spent, metrics = host['seconds'], host['metrics']
-  else:
-    state = stage.init()
   compiles, started, last = CompileCounter(), time.time(), time.time()
   bar = tqdm.tqdm(total=c.steps, initial=done, unit='step', disable=not folder.main, mininterval=1)
   step = done
@@ -156,7 +159,7 @@ def run(config, workdir, mesh) -> dict:
   bar.close()
   summary = {'steps': step, 'seconds': spent, 'complete': step == c.steps}
   if step == c.steps and folder.main:
-    save_weights(folder.path / 'base.safetensors', state.variables, dataclasses.asdict(stage.model))
+    save_weights(folder.path / 'base.safetensors', state.variables, own_fields(stage.model))
     summary['base'] = str(folder.path / 'base.safetensors')
     write_card(folder.path, config, summary)
   summary |= {k: float(v) for k, v in metrics.items()}

@@ -18,7 +18,6 @@ from moe_rl import config as configs
 from moe_rl.data.pipeline import batches
 from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
-from moe_rl.models.weights import load_weights
 from moe_rl.rl import grpo, objectives
 from moe_rl.rl.batch import PackedBatch, pack
 from moe_rl.rl.rewards import terms
@@ -28,9 +27,10 @@ from moe_rl.rl.update import make_grpo_update, make_scoring
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.programs import Program
-from moe_rl.runtime.run import Clock, CompileCounter, Run, compare
-from moe_rl.runtime.state import abstract_state, check_weights, copied, make_init, make_optimizer, with_weights
+from moe_rl.runtime.run import Clock, CompileCounter, Run
+from moe_rl.runtime.state import copied, make_optimizer
 from moe_rl.stages.evaluate import Evaluation, evaluate
+from moe_rl.stages.start import Start
 
 TRANSCRIPTS_EVERY = 5  # steps
 
@@ -49,19 +49,19 @@ class RL:
     self.objective = objectives.chosen(r)
     self.reference = self.objective.kl_weight > 0
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
-    self.abstract, self.shardings = abstract_state(self.model, self.optimizer, mesh, reference=self.reference)
+    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference)
+    self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     self.variables_shardings = {'params': self.shardings.params, 'router': self.shardings.router}
     by_row, whole = meshes.rows(mesh), meshes.everywhere(mesh)
     self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
 
     def jit_sampler(**kwargs):
-      sample = make_sampler(self.model, max_new=s.max_new_tokens, eos_id=self.tokenizer.eos_id, **kwargs)
+      sample = make_sampler(self.model, max_new=s.max_new_tokens, eos_id=self.tokenizer.eos_ids, **kwargs)
       return jax.jit(sample, in_shardings=(self.variables_shardings, by_row, by_row, by_row, whole),
                      out_shardings=by_row)
     self.sample = jit_sampler(group=r.group_size, record_picks=r.replay_routing, **self.sampling)
     self.sample_eval = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
     self.eval_prompts = configs.eval_prompts_per_batch(config)
-    self.init = make_init(self.model, self.optimizer, mesh, config.seed, reference=self.reference)
     by_microbatch = meshes.rows(mesh, leading=1)
     self.score = None if r.old_logp == 'sampler' else jax.jit(
       make_scoring(self.model, r, self.sampling), in_shardings=(self.variables_shardings, by_microbatch, whole),
@@ -88,7 +88,7 @@ class RL:
     count = jax.ShapeDtypeStruct((), jnp.int32)
     scored = batch if r.importance == 'none' else batch.replace(importance=floats)
     return [
-      Program('init', self.init, ()),
+      self.start.program(),
       Program('rollout', self.sample, sampler_arguments(r.prompts_per_step)),
       Program('evaluation', self.sample_eval, sampler_arguments(self.eval_prompts)),
       *([Program('scoring', self.score, (variables, batch, count))] if self.score else []),
@@ -96,18 +96,7 @@ class RL:
 
   def initial_state(self):
     """Random weights, or those of config.init_from. Raises ValueError before any compile where they do not fit."""
-    path = self.config.init_from
-    if path:
-      variables, made_with = load_weights(path)
-      for part in variables.values():
-        part.pop('mtp', None)
-      try:
-        check_weights(self.abstract, variables)
-      except ValueError as e:
-        sizes = '; '.join(compare(made_with, dataclasses.asdict(self.model), 'model.')[:5])
-        raise ValueError(f"config.init_from '{path}': {e}. Set config.model to its sizes: {sizes}") from e
-    state = self.init()
-    return with_weights(state, variables) if path else state
+    return self.start.state()
 
   def learn(self, state, rollout: Rollout, reward_BxG: np.ndarray, readable_BxG: np.ndarray):
     """(state, metrics) after all updates on a rollout of numpy arrays; it is not changed.
@@ -186,15 +175,15 @@ class Groups:
 
 
 def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> tuple[Rollout, list[list[str]]]:
-  """Samples for a list of `Prompt`; the rollout as numpy arrays and the responses' texts by prompt."""
+  """Samples for a list of `Prompt`; the rollout as numpy arrays and the answers' texts by prompt."""
   ids = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(ids, prompts, strict=True):
     row[:len(prompt.ids)] = prompt.ids
   lengths = np.array([len(p.ids) for p in prompts], np.int32)
   addresses = np.array([p.problem.id for p in prompts], np.int32)
   rollout = jax.device_get(run_sampler(state.variables, ids, lengths, addresses, key))
-  texts = [[tokenizer.decode(r[:n]) for r, n in zip(rs, ns, strict=True)]
-           for rs, ns in zip(rollout.response_BxGxS, rollout.length_BxG, strict=True)]
+  texts = [[p.opening + tokenizer.decode(r[:n]) for r, n in zip(rs, ns, strict=True)]
+           for p, rs, ns in zip(prompts, rollout.response_BxGxS, rollout.length_BxG, strict=True)]
   return rollout, texts
 
 
