@@ -88,7 +88,8 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
   # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'
   c.rl.objective = 'grpo_token'
-  c.rl.advantage = config_dict.placeholder(str)  # 'group_std', 'group_mean', 'leave_one_out', 'batch_std', …
+  # 'group_std' (GRPO), 'group_mean' (Dr. GRPO), 'leave_one_out' (RLOO), 'batch_std', 'group_batch_std' (REINFORCE++)
+  c.rl.advantage = config_dict.placeholder(str)
   c.rl.loss_denominator = config_dict.placeholder(str)  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
   c.rl.clip_low = config_dict.placeholder(float)  # ratio is clipped to 1 - clip_low .. 1 + clip_high
   c.rl.clip_high = config_dict.placeholder(float)

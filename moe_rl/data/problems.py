@@ -14,6 +14,7 @@ out, counted and named; any other bad record refuses the file.
 import argparse
 import collections
 import dataclasses
+import logging
 import os
 import pathlib
 import sys
@@ -64,11 +65,12 @@ class Scan:
 
 
 def load_problems(path, fmt='auto') -> list[Problem]:
-  """All problems of a file in its order; raises DataError if any record is bad, quoting up to 5 of them."""
-  scan = scan_problems(path, fmt)
-  if scan.faults:
-    raise _refusal(scan)
-  return list(scan.problems)
+  """All problems of a file that can be trained on, in its order; those left out are told in the log. As
+  `usable_problems`, which gives their count."""
+  usable = usable_problems(path, fmt)
+  if usable.notes:
+    logging.getLogger(__name__).warning('\n'.join(usable.notes))
+  return usable.problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Usable:
 def usable_problems(path, fmt='auto') -> Usable:
   """What a run can use of a file.
 
-  Raises DataError as `load_problems` if a record is bad in any other way, or if no problem is left.
+  Raises DataError, quoting up to 5 records, if one is bad in any other way, or if no problem is left.
   """
   scan = scan_problems(path, fmt)
   if not scan.problems or not all(fault.gold_only for fault in scan.faults):

@@ -55,7 +55,8 @@ OBJECTIVES: dict[str, Objective] = {
                              kl_weight=1e-3),
   # Dr. GRPO (arXiv:2503.20783): neither standard deviation nor length in any denominator.
   'dr_grpo': Objective(advantage='group_mean', loss_denominator='constant'),
-  # DAPO (arXiv:2503.14476): its soft penalty on long answers is a reward.
+  # DAPO (arXiv:2503.14476): its soft penalty on long answers is a reward, the term `overlong`. Differs from the paper:
+  # a group is used where its rewards differ, whatever term makes the difference, not only where its accuracy does.
   'dapo': Objective(clip_high=0.28, refill_rounds=9, overlong_filter=True),
   # GSPO (arXiv:2507.18071): the ratio of an answer is its tokens' geometric mean, so its clip range is far narrower.
   'gspo': Objective(ratio='sequence_mean', clip_low=3e-4, clip_high=4e-4, loss_denominator='sequence'),
