@@ -33,6 +33,7 @@ LAWS: dict[int, tuple[str, list[str]]] = {
   6: ('a mean names its denominator, which counts the whole step', [
     'test_grpo.py::test_token_weights_are_the_named_means',
     'test_update.py::test_accumulation_and_packing_change_no_gradient_and_no_metric',
+    'test_objectives.py::test_accumulation_padding_and_packing_change_no_gradient',
     'test_mesh.py::test_one_step_gives_the_same_loss_gradient_and_weights_on_every_mesh']),
   7: ('what is dropped, cut, tied or unreadable is counted, and experts drop nothing', [
     'test_experts.py::test_no_token_is_dropped',
