@@ -62,6 +62,7 @@ setup(
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11',
+    'py3langid>=0.4',  # language identification, its model in the package
     'sentencepiece>=0.2.1',
     'tensorboardX>=2.6',
     'tqdm>=4.66',

@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_rl import config as configs
 from moe_rl.main import launch, load_experiment
+from moe_rl.rl.objectives import chosen
 from moe_rl.runtime.costs import grpo_flops
 
 
@@ -52,7 +53,7 @@ def main():
   rows, split = [], {}
   for s in steps:
     prompt = np.full(shape[0], s['length/prompt'])
-    flops = grpo_flops(model, prompt, np.full(shape, s['length/mean']), config.rl.kl_weight > 0)
+    flops = grpo_flops(model, prompt, np.full(shape, s['length/mean']), chosen(config.rl).kl_weight > 0)
     seconds = {k: s['time'][f'seconds/{k}'] for k in ('rollout', 'reward', 'update')}
     rows.append({'share': sum(flops.values()) / sum(seconds.values()) / rate,
                  'rollout_share': flops['rollout'] / seconds['rollout'] / rate,

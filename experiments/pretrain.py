@@ -8,8 +8,7 @@ from moe_rl.config import base_config
 
 
 def get_config(preset: str = 'tiny'):
-  config = base_config(preset)
-  config.stage = 'pretrain'
+  config = base_config(preset, 'pretrain')
   config.optim.weight_decay = 0.1
   if preset == 'tiny':
     config.optim.lr = 3e-3

@@ -28,11 +28,10 @@ def get_config(preset: str = 'tiny'):
   config.sampling.max_new_tokens = min(32_768, config.model.max_length * 3 // 4)
   config.rl.steps = 650
   config.rl.prompts_per_step, config.rl.group_size, config.rl.minibatches = 512, 16, 16
-  config.rl.loss_denominator = 'sequence'
+  config.rl.objective, config.rl.kl_weight = 'grpo', 1e-3
   config.rl.reference_every = 25
-  config.rl.clip_low = config.rl.clip_high = 0.2
   config.optim.lr = config.optim.final_lr = 3e-6
-  config.rewards.format_weight = 1.0
+  config.rewards.weights = 'accuracy=1,format=1'
   config.rewards.workers = 16
   config.eval.every, config.checkpoint.every = 10, 5
   return config

@@ -5,34 +5,42 @@ import difflib
 import math
 
 import ml_collections
+from ml_collections import config_dict
 
 from moe_rl.data.corpus import Mix
+from moe_rl.data.problem_formats import FORMATS
 from moe_rl.data.tasks import Chain
 from moe_rl.data.templates import NAMES as TEMPLATES
 from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
 from moe_rl.models.hf_config import family
-from moe_rl.runtime.mesh import TRAINING
+from moe_rl.rl import objectives
+from moe_rl.rl.rewards import terms
+from moe_rl.runtime import mesh as meshes
 
 MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
-STAGES = ('pretrain', 'rl', 'export')
+TRAINING = ('task', 'optim', 'checkpoint')
+# Stage -> the sections that it reads; those that are named nowhere here are read by all.
+STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'rl': (*TRAINING, 'rl', 'sampling', 'rewards', 'eval'),
+          'export': ()}
 
 
-def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
-  """Every key there is, at its default. Experiments change values and add no key.
+def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.ConfigDict:
+  """Every key that the stage reads, at its default. Experiments change values and add no key.
 
-  Raises ValueError for an unknown model preset, naming the nearest.
+  Raises ValueError for an unknown model preset or stage, naming the nearest.
   """
+  choose('stage', stage, tuple(STAGES))
   if preset not in PRESETS:
     near = difflib.get_close_matches(preset, PRESETS, 1)
     raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
                                                 f": use one of {', '.join(PRESETS)}"))
   c = ml_collections.ConfigDict()
-  c.stage = 'rl'  # 'pretrain', 'rl' or 'export'
+  c.stage = stage  # 'pretrain', 'rl' or 'export'
   c.seed = 0
   c.model = own_fields(ModelConfig(**PRESETS[preset]))  # the keys that this kind of model reads
   for key in ('yarn', 'llama3'):
     if key in c.model and c.model[key] is None:  # a placeholder keeps the key's type open: None or a section
-      c.model[key] = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
+      c.model[key] = config_dict.placeholder(ml_collections.ConfigDict)
   # '': random weights; 'embedded': the base in the package; or a Hugging Face folder, a hub id (ORGANISATION/NAME), a
   # .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
   c.init_from = ''
@@ -40,7 +48,7 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.template = 'short'  # 'short', 'r1_zero', 'r1', 'r1_think', or 'chat': the tokenizer's own chat template
 
   c.task = ml_collections.ConfigDict()
-  c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'jsonl' (files)
+  c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'choice', 'mbpp', 'jsonl' (files)
   c.task.path = ''  # training problems of a file task
   c.task.eval_path = ''  # its held-out problems; '': the last eval.problems of `path`, which then are not trained on
   c.task.seed = 0
@@ -80,11 +88,22 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.rl.group_size = 8  # completions a prompt
   c.rl.minibatches = 1  # optimizer updates a rollout
   c.rl.epochs = 1  # passes over a rollout
-  c.rl.scale_by_std = True  # advantage in units of the group's standard deviation; False: Dr. GRPO
-  c.rl.loss_denominator = 'token'  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
-  c.rl.clip_low = 0.2  # ratio is clipped to 1 - clip_low .. 1 + clip_high
-  c.rl.clip_high = 0.28
-  c.rl.kl_weight = 1e-3  # beta, on the k3 estimate per token; 0: no reference is kept
+  # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
+  # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'
+  c.rl.objective = 'grpo_token'
+  # 'group_std' (GRPO), 'group_mean' (Dr. GRPO), 'leave_one_out' (RLOO), 'batch_std', 'group_batch_std' (REINFORCE++)
+  c.rl.advantage = config_dict.placeholder(str)
+  c.rl.loss_denominator = config_dict.placeholder(str)  # 'sequence' (GRPO), 'token' (DAPO), 'constant' (Dr. GRPO)
+  c.rl.clip_low = config_dict.placeholder(float)  # ratio is clipped to 1 - clip_low .. 1 + clip_high
+  c.rl.clip_high = config_dict.placeholder(float)
+  c.rl.kl = config_dict.placeholder(str)  # estimator: 'k1', 'k2', 'k3'
+  c.rl.kl_weight = config_dict.placeholder(float)  # beta; 0: no reference is kept
+  c.rl.refill_rounds = config_dict.placeholder(int)  # times more that a step may sample to fill up with untied groups
+  c.rl.overlong_filter = config_dict.placeholder(bool)  # samples that were cut are left out of the loss
+  c.rl.old_logp = 'sampler'  # the old log-probs: 'sampler', or 'trainer', computed again before the first update
+  c.rl.importance = 'none'  # weights from sampler to trainer: 'none', 'truncate' (TIS), 'mask' (MIS), 'mask_sequence'
+  c.rl.importance_range = (0.5, 2.0)  # a weight is cut to the upper end ('truncate'), or must lie between the two
+  c.rl.replay_routing = False  # the sampler's expert choices hold in scoring and update; gates are computed anew
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
@@ -98,8 +117,8 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.sampling.max_new_tokens = 96
 
   c.rewards = ml_collections.ConfigDict()
-  c.rewards.accuracy_weight = 1.0
-  c.rewards.format_weight = 0.1
+  # Terms and weights; also language[:xx], repetition[:n], length, overlong[:n]: the table is in rl/rewards/terms.py
+  c.rewards.weights = 'accuracy=1,format=0.1'
   c.rewards.timeout_s = 5.0  # wall seconds an answer
   c.rewards.workers = 2  # processes
   c.rewards.memory_mb = 2048  # a worker
@@ -114,6 +133,8 @@ def base_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 20  # steps; 0: only at the end
   c.checkpoint.keep = 2
+  for section in set().union(*STAGES.values()).difference(STAGES[stage]):
+    del c[section]
   return c
 
 
@@ -136,7 +157,10 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
 
   devices: how many there are; vocab_size: the tokenizer's. Raises ValueError: the key, its value, the remedy.
   """
-  choose('config.stage', config.stage, STAGES)
+  choose('config.stage', config.stage, tuple(STAGES))
+  missing = [section for section in STAGES[config.stage] if section not in config]
+  refuse(missing, f"config.stage '{config.stage}' reads config.{', config.'.join(missing)}, which this experiment has "
+                  f"not: start from base_config(preset, '{config.stage}')")
   choose('config.template', config.template, TEMPLATES)
   model = model_config(config)
   refuse(vocab_size > model.vocab_size,
@@ -144,21 +168,27 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
          f'set it to {vocab_size} or more')
   sizes = mesh_sizes(config, devices)
   check_table(model, sizes)
-  rows_over = sizes['data'] * sizes['fsdp'] * sizes['expert']
-  o = config.optim
-  choose('config.optim.moment_dtype', o.moment_dtype, ('float32', 'bfloat16'))
-  refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
-  refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
-  refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
+  rows_over = math.prod(sizes[axis] for axis in meshes.TRAINING['batch'])
+  if 'optim' in STAGES[config.stage]:
+    _validate_training(config)
   check = {'pretrain': _validate_pretrain, 'rl': _validate_rl, 'export': _validate_export}[config.stage]
   mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
   return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
 
 
+def _validate_training(config):
+  o = config.optim
+  choose('config.optim.moment_dtype', o.moment_dtype, ('float32', 'bfloat16'))
+  refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
+  refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
+  refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
+
+
 def check_table(model: ModelConfig, sizes: dict[str, int]):
   """Raises ValueError where a weight does not divide over the mesh axes that the sharding table gives it."""
   def over(logical):
-    return f'config.mesh {" x ".join(TRAINING[logical])}', math.prod(sizes[axis] for axis in TRAINING[logical])
+    axes = meshes.TRAINING[logical]
+    return f'config.mesh {" x ".join(axes)}', math.prod(sizes[axis] for axis in axes)
   for logical, what in (('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'),
                         ('head_work', 'heads'), ('mlp', 'dense_ff'), ('vocab', 'vocab_size')):
     divides(f'config.model.{what}', getattr(model, what), *over(logical))
@@ -194,8 +224,12 @@ def _validate_rl(config, model, rows_over):
   positive('config.rewards', config.rewards, ('timeout_s', 'workers'))
   refuse(config.rewards.memory_mb < 128,
          f'config.rewards.memory_mb {config.rewards.memory_mb} is too small for a worker (70 at rest): set 512 or more')
-  choose('config.rl.loss_denominator', r.loss_denominator, ('sequence', 'token', 'constant'))
-  choose('config.task.name', config.task.name, ('chain', 'gsm8k', 'math', 'countdown', 'jsonl'))
+  objective = _validate_objective(r, model)
+  choose('config.task.name', config.task.name, ('chain', *FORMATS))
+  try:
+    terms.validate(config.rewards.weights, s.max_new_tokens)
+  except ValueError as e:
+    raise ValueError(f'config.rewards.weights: {e}') from e
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp x expert)', rows_over)
@@ -219,9 +253,31 @@ def _validate_rl(config, model, rows_over):
     refuse(not config.task.path,
            f"config.task.path is empty: task '{config.task.name}' reads a file, give --config.task.path=FILE")
   return {'samples_per_step': r.prompts_per_step * r.group_size, 'samples': r.prompts_per_step * r.group_size * r.steps,
-          'updates_per_step': r.minibatches * r.epochs,
+          'updates_per_step': r.minibatches * r.epochs, 'objective': f'{r.objective}: {objective}',
           'longest_sample_tokens': length if s.max_prompt_tokens else f'the longest prompt + {s.max_new_tokens}',
           'eval_samples': e.problems * e.samples}
+
+
+def _validate_objective(r, model) -> objectives.Objective:
+  choose('config.rl.objective', r.objective, tuple(objectives.OBJECTIVES))
+  o = objectives.chosen(r)
+  for key, options in (('advantage', objectives.ADVANTAGES), ('loss_denominator', objectives.DENOMINATORS),
+                       ('kl', objectives.ESTIMATORS)):
+    choose(f'config.rl.{key}', getattr(o, key), options)
+  choose('config.rl.old_logp', r.old_logp, ('sampler', 'trainer'))
+  choose('config.rl.importance', r.importance, objectives.IMPORTANCE)
+  positive('config.rl', dataclasses.asdict(o), ('clip_low', 'clip_high'))
+  for key, value in (('kl_weight', o.kl_weight), ('refill_rounds', o.refill_rounds)):
+    refuse(value < 0, f'config.rl.{key} {value} must not be negative; 0 turns it off')
+  refuse(r.importance != 'none' and r.old_logp != 'trainer',
+         f"config.rl.importance '{r.importance}' weighs the sampler's log-probs against the trainer's: "
+         "set config.rl.old_logp to 'trainer'")
+  ends = tuple(r.importance_range)
+  refuse(len(ends) != 2 or not 0 <= ends[0] <= 1 <= ends[1],
+         f'config.rl.importance_range {ends}: give two numbers around 1, such as (0.5, 2.0)')
+  refuse(r.replay_routing and not model.moe_layers,
+         'config.rl.replay_routing: the model has no experts; set it to False')
+  return o
 
 
 def _validate_export(config, model, rows_over):

@@ -77,6 +77,26 @@ BAD_RL = {
   'no problems': (dict(eval=dict(problems=0)), 'config.eval.problems is 0, must be positive'),
   'no time': (dict(rewards=dict(timeout_s=0.0)), 'config.rewards.timeout_s is 0.0, must be positive'),
   'no memory': (dict(rewards=dict(memory_mb=64)), 'config.rewards.memory_mb 64', 'set 512 or more'),
+  'unknown term': (dict(rewards=dict(weights='accuracy=1,formt=1')), 'config.rewards.weights', "did you mean 'format'"),
+  'weight': (dict(rewards=dict(weights='accuracy=1,format=much')), "'format=much' has no number", 'format=0.5'),
+  'no term': (dict(rewards=dict(weights='accuracy=0')), 'config.rewards.weights', 'leaves no term with a weight'),
+  'unknown language': (dict(rewards=dict(weights='language:english=1')), "language 'english' is not known", 'en, zh'),
+  'long cache': (dict(rewards=dict(weights='overlong:500=1')), 'overlong:500', 'more tokens than the longest response'),
+  'stage without its section': (dict(stage='pretrain'), "config.stage 'pretrain' reads config.pretrain",
+                                "base_config(preset, 'pretrain')"),
+  'objective': (dict(rl=dict(objective='drgrpo')), "config.rl.objective 'drgrpo'", "nearest: 'dr_grpo'"),
+  'advantage': (dict(rl=dict(advantage='std')), "config.rl.advantage 'std'", 'group_std, group_mean, leave_one_out'),
+  'estimator': (dict(rl=dict(kl='k4')), "config.rl.kl 'k4': use one of k1, k2, k3"),
+  'clip': (dict(rl=dict(clip_low=0.0)), 'config.rl.clip_low is 0.0, must be positive'),
+  'KL weight': (dict(rl=dict(kl_weight=-1.0)), 'config.rl.kl_weight -1.0 must not be negative; 0 turns it off'),
+  'rounds': (dict(rl=dict(refill_rounds=-1)), 'config.rl.refill_rounds -1 must not be negative'),
+  'old log-probs': (dict(rl=dict(old_logp='actor')), "config.rl.old_logp 'actor': use one of sampler, trainer"),
+  'importance': (dict(rl=dict(importance='tis')), "config.rl.importance 'tis'", 'none, truncate, mask, mask_sequence'),
+  'importance of nothing': (dict(rl=dict(importance='truncate')), "set config.rl.old_logp to 'trainer'"),
+  'importance range': (dict(rl=dict(importance_range=(2.0, 0.5))), 'config.rl.importance_range (2.0, 0.5)',
+                       'two numbers around 1'),
+  'replay without experts': (dict(rl=dict(replay_routing=True), model=dict(dense_layers=2)),
+                             'config.rl.replay_routing: the model has no experts'),
   'denominator': (dict(rl=dict(loss_denominator='tokens')), "config.rl.loss_denominator 'tokens'", "nearest: 'token'"),
   'unknown task': (dict(task=dict(name='gsm')), "config.task.name 'gsm'", "nearest: 'gsm8k'"),
   'task without a file': (dict(task=dict(name='gsm8k')), 'config.task.path is empty', '--config.task.path=FILE'),
@@ -276,25 +296,38 @@ def keys(config) -> dict[str, object]:
 def readers(section: str) -> str:
   """The sources that mention `config.SECTION`, without the base itself and its checks, which read to refuse only."""
   texts = [p.read_text() for p in (runs.ROOT / 'moe_rl').rglob('*.py')]
-  for function in (configs.base_config, configs.validate, configs._validate_pretrain, configs._validate_rl):
+  for function in (configs.base_config, configs.validate, configs._validate_training, configs._validate_pretrain,
+                   configs._validate_rl, configs._validate_objective, configs._validate_export):
     own = inspect.getsource(function)
     texts = [t.replace(own, '') for t in texts]
   return '\n'.join(t for t in texts if f'config.{section}' in t)
 
 
+def bases(*presets: str) -> list[ml_collections.ConfigDict]:
+  return [configs.base_config(preset, stage) for preset in presets or PRESETS for stage in configs.STAGES]
+
+
 def test_there_are_fewer_than_100_keys():
-  assert 60 < len(keys(configs.base_config())) < 100
+  assert all(20 < len(keys(base)) < 100 for base in bases())
+
+
+def test_a_stage_shows_no_section_that_it_does_not_read():
+  shown = {base.stage: {k for k in base if isinstance(base[k], ml_collections.ConfigDict)} for base in bases('tiny')}
+  training = {'model', 'mesh', 'task', 'optim', 'checkpoint'}
+  assert shown == {'pretrain': training | {'pretrain', 'corpus'}, 'export': {'model', 'mesh'},
+                   'rl': training | {'rl', 'sampling', 'rewards', 'eval'}}
+  with pytest.raises(ValueError, match="stage 'pretrian': use one of pretrain, rl, export .nearest: 'pretrain'"):
+    configs.base_config(stage='pretrian')
 
 
 def test_every_key_is_read():
   models = '\n'.join(p.read_text() for p in (runs.ROOT / 'moe_rl' / 'models').glob('*.py'))
   corpus = (runs.ROOT / 'moe_rl' / 'data' / 'corpus.py').read_text()
-  shown = set().union(*(configs.base_config(preset).model for preset in PRESETS))
-  assert shown == {f.name for f in dataclasses.fields(ModelConfig)}
-  assert set(configs.base_config().corpus) == {f.name for f in dataclasses.fields(Mix)}
-  for key in keys(configs.base_config()) | keys(configs.base_config('qwen3_0_6b')):
+  assert set().union(*(base.model for base in bases())) == {f.name for f in dataclasses.fields(ModelConfig)}
+  assert set(configs.base_config(stage='pretrain').corpus) == {f.name for f in dataclasses.fields(Mix)}
+  for key in sorted(set().union(*map(keys, bases()))):
     section, _, name = key.rpartition('.')
-    text = readers(section or name) + {'model': models, 'corpus': corpus}.get(section, '')
+    text = readers(section or name) + {'model': models, 'corpus': corpus}.get(section.partition('.')[0], '')
     assert re.search(rf"\.{name}\b|'{name}'", text), f'config.{key} is read nowhere'
 
 
@@ -302,7 +335,7 @@ def test_every_key_is_read():
 def test_an_experiment_changes_values_and_adds_no_key(path):
   for preset in PRESETS:
     config = runs.load_experiment(str(runs.ROOT / 'experiments' / path), preset)
-    assert keys(config).keys() == keys(configs.base_config(preset)).keys()
+    assert keys(config).keys() == keys(configs.base_config(preset, config.stage)).keys()
 
 
 def test_a_microbatch_is_about_2048_tokens_a_device_whatever_the_width_of_a_row():

@@ -33,19 +33,25 @@ LAWS: dict[int, tuple[str, list[str]]] = {
   6: ('a mean names its denominator, which counts the whole step', [
     'test_grpo.py::test_token_weights_are_the_named_means',
     'test_update.py::test_accumulation_and_packing_change_no_gradient_and_no_metric',
+    'test_objectives.py::test_accumulation_padding_and_packing_change_no_gradient',
     'test_mesh.py::test_one_step_gives_the_same_loss_gradient_and_weights_on_every_mesh']),
   7: ('what is dropped, cut, tied or unreadable is counted, and experts drop nothing', [
     'test_experts.py::test_no_token_is_dropped',
     'test_grpo.py::test_a_tied_group_such_as_eight_rewards_of_seven_tenths_has_exactly_no_advantage',
     'test_run.py::test_verdicts_add_up_to_the_samples',
     'test_run.py::test_truncated_answers_are_counted',
+    'test_terms.py::test_the_reward_is_the_weighted_sum_and_nothing_where_the_reference_cannot_be_read',
+    'test_problems.py::test_a_problem_whose_gold_answer_is_absent_or_unreadable_is_left_out_counted_and_named',
     'test_run.py::test_prompts_left_out_are_counted_and_named']),
   8: ('a stage lists its programs, which compile from abstract arguments and are those that run', [
     'test_run.py::test_every_jitted_function_is_listed_and_compiles_from_abstract_arguments_to_the_program_of_the_run',
     'test_run.py::test_nothing_is_compiled_after_the_second_step']),
   9: ('text from a model is checked in a process that can be killed', [
     'test_rewards.py::test_hostile_answers_cost_at_most_their_limit_and_no_neighbour_anything',
-    'test_rewards.py::test_workers_inherit_limits_and_no_secrets']),
+    'test_rewards.py::test_workers_inherit_limits_and_no_secrets',
+    'test_problems.py::test_a_reference_that_takes_forever_to_read_costs_its_limit_and_is_named',
+    'test_code.py::test_a_hundred_hostile_programs_are_contained',
+    'test_code.py::test_each_way_of_containing_programs_holds_by_itself']),
   10: ('fewer than 100 keys, each read; bad input is refused before any compile, with the remedy', [
     'test_config.py::test_there_are_fewer_than_100_keys',
     'test_config.py::test_every_key_is_read',

@@ -17,8 +17,6 @@ import flax, jax, numpy as np
 from moe_rl import config as configs
 from moe_rl.data.prompts import load_prompts
 from moe_rl.main import load_experiment
-from moe_rl.rl import grpo
-from moe_rl.rl.batch import pack
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import make_mesh
 from moe_rl.runtime.run import Run
@@ -69,11 +67,7 @@ def rl(config, mesh):
   key = key_for(0, 'rollout', 0)
   rollout, _ = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens, key)
   reward = (rollout.response_BxGxS.sum(-1) % 5).astype(np.float32)  # any that differs within a group
-  advantage = grpo.group_advantage(reward)
-  weight = grpo.token_weights(rollout.length_BxG.reshape(-1), r.loss_denominator, s.max_new_tokens)
-  packed, used = pack(rollout, advantage, weight.reshape(reward.shape), row_tokens=r.row_tokens,
-                      microbatch_rows=r.microbatch_rows)
-  state, metrics = stage.update(state, packed, np.int32(used))
+  state, metrics = stage.learn(state, rollout, reward, np.ones(reward.shape, bool))
   return {'loss': metrics['loss'], 'entropy': metrics['entropy'], 'ids': rollout.response_BxGxS,
           'logp': rollout.logp_BxGxS, **flat(state)}
 

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from moe_rl.data import problems
-from moe_rl.data.problems import DataError, Problem, last_boxed, load_problems, scan_problems
+from moe_rl.data.problems import DataError, Problem, load_problems, scan_problems, usable_problems
+from moe_rl.rl.rewards.extract import last_boxed
+from moe_rl.rl.rewards.pool import RewardPool
 
 SAMPLES = pathlib.Path(__file__).parent / 'data'
 GSM8K = '{"question": "What is 2+3?", "answer": "2+3=5\\n#### 5"}'
@@ -30,6 +32,14 @@ def _message(path, fmt='auto'):
   return str(caught.value)
 
 
+def _told(path):
+  """What is said of a bad record: the refusal, or the note where only its gold answer is at fault."""
+  try:
+    return '\n'.join(usable_problems(path).notes)
+  except DataError as refusal:
+    return str(refusal)
+
+
 # Good files.
 
 
@@ -37,7 +47,7 @@ def test_gsm8k_gold_is_what_follows_the_last_marker_without_thousands_commas():
   found = load_problems(SAMPLES / 'gsm8k_like.jsonl')
   assert [p.reference for p in found] == ['108', '12', '7700', '-7', '59']
   assert [p.id for p in found] == [0, 1, 2, 3, 4]
-  assert {p.kind for p in found} == {'integer'}
+  assert {p.kind for p in found} == {'math'}
   assert found[4].question.startswith('Tickets cost €12')
 
 
@@ -73,7 +83,7 @@ def test_own_data_may_name_its_fields_in_any_of_these_ways(tmp_path, question, a
   ]
   found = load_problems(_write(tmp_path, '\n'.join(map(json.dumps, lines))), 'jsonl')
   assert [p.reference for p in found] == ['1', '\\frac{1}{2}', '1000', '1']
-  assert [p.kind for p in found] == ['integer', 'math', 'integer', 'math']
+  assert [p.kind for p in found] == ['math', 'math', 'integer', 'math']
 
 
 @pytest.mark.parametrize('name', ['gsm8k_like.jsonl', 'math_like.jsonl', 'countdown.jsonl'])
@@ -200,7 +210,6 @@ def test_an_unknown_format_and_one_that_does_not_fit_the_file_are_refused(tmp_pa
   ('content', 'name', 'seen'),
   [
     ('\n{"id": 1, "final": ["2"]}', 'a.jsonl', [':2: ', "'.jsonl'", "the fields 'id', 'final'"]),
-    ('{"question": "?", "choices": [], "answer": 0}', 'a.jsonl', [':1: ', "'choices' looks like"]),
     ('Rank,Puzzle\n1,1 1 4 6', 'a.csv', [':2: ', "'.csv'", "the fields 'Rank', 'Puzzle'"]),
     ('[3]', 'a.json', [':1: is a number, not a JSON object']),
     ('what?', 'a.txt', [':1: is not valid JSON', 'column 1']),
@@ -228,8 +237,8 @@ BAD_LINES = [
   (GSM8K, '{"question": "\\ud83d", "answer": "#### 1"}', "field 'question' holds \\ud83d, half a character"),
   (GSM8K, '{"question": "?", "answer": "so it is 5"}', "field 'answer' ('so it is 5') has no '####'"),
   (GSM8K, '{"question": "?", "answer": "5 #### "}', "field 'answer' has nothing after its last '####'"),
-  (GSM8K, '{"question": "?", "answer": "#### five"}', "reference 'five' is not one whole number"),
-  (GSM8K, '{"question": "?", "answer": "#### 12,34"}', "reference '12,34' is not one whole number"),
+  (GSM8K, '{"question": "?", "answer": "#### five"}', "reference 'five' is not one number"),
+  (GSM8K, '{"question": "?", "answer": "#### 12,34"}', "reference '12,34' is not one number"),
   (MATH, '{"problem": "?", "answer": ["5"]}', "field 'answer' is an array, not text"),
   (MATH, '{"problem": "?", "answer": ""}', "field 'answer' is empty"),
   (MATH, '{"problem": "?", "answer": null}', "field 'answer' is null: fill it in"),
@@ -254,9 +263,9 @@ BAD_LINES = [
 @pytest.mark.parametrize(('good', 'bad', 'why'), BAD_LINES)
 def test_a_bad_line_is_told_with_its_number_and_cause(tmp_path, good, bad, why):
   path = _write(tmp_path, f'{good}\n\n{bad}\n{good}\n')
-  message = _message(path)
-  assert f'{path}: 1 of 3 records cannot be used' in message
-  assert why in message.split(f'  {path}:3: ')[1]
+  told = _told(path)
+  assert any(head in told for head in (f'{path}: 1 of 3 records cannot be used', f'left out 1 of 3 problems of {path}'))
+  assert why in told.split(f'  {path}:3: ')[1]
 
 
 def test_a_line_that_is_not_utf8_is_told_with_its_byte(tmp_path):
@@ -278,7 +287,7 @@ def test_a_short_row_of_csv_is_told_with_its_line(tmp_path):
 
 def test_a_bad_element_of_an_array_is_told_with_the_line_on_which_it_begins(tmp_path):
   path = _write(tmp_path, f'[\n  {MATH},\n  {{\n    "problem": "?",\n    "answer": ""\n  }}\n]\n', 'a.json')
-  assert f"{path}:3: field 'answer' is empty" in _message(path)
+  assert f"{path}:3: field 'answer' is empty" in _told(path)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +321,34 @@ def test_five_bad_lines_are_quoted_and_all_are_counted(tmp_path):
   assert f'python -m moe_rl.data.problems {path}' in message
 
 
+# Gold answers that are absent or cannot be read.
+
+
+def test_a_problem_whose_gold_answer_is_absent_or_unreadable_is_left_out_counted_and_named(tmp_path, caplog):
+  lines = [MATH, '{"problem": "?", "answer": null}', '{"problem": "?", "answer": "..."}', MATH, '{"problem": "?"}']
+  path = _write(tmp_path, '\n'.join(lines))
+  usable = usable_problems(path)
+  assert [p.id for p in usable.problems] == [0, 3] and usable.left_out == 3
+  assert 'left out 3 of 5 problems' in usable.notes[0]
+  for line, why, note in zip((2, 3, 5), ('is null', "'...' is neither", 'is missing'), usable.notes[1:], strict=True):
+    assert f'{path}:{line}: ' in note and why in note
+  assert load_problems(path) == usable.problems and caplog.messages == ['\n'.join(usable.notes)]
+
+
+def test_a_bad_record_refuses_a_training_file_all_the_same_and_so_does_one_with_no_problem_left(tmp_path):
+  for lines in ([MATH, '{"problem": "?", "answer": null}', '{"problem": '], ['{"problem": "?", "answer": ""}']):
+    with pytest.raises(DataError, match='cannot be used'):
+      usable_problems(_write(tmp_path, '\n'.join(lines)), 'math')
+
+
+def test_a_reference_that_takes_forever_to_read_costs_its_limit_and_is_named():
+  with RewardPool(workers=2, timeout_s=1.0) as graders:
+    why = graders.check([('math', 'x^2'), ('math', '(' * 2000 + 'x' + ')' * 2000), ('math', '18'), ('integer', 'x')])
+  assert (why[0], why[2]) == (None, None)
+  assert 'takes over 1 s to read' in why[1]
+  assert 'not one whole number' in why[3]
+
+
 # The command line.
 
 
@@ -323,7 +360,7 @@ def _command(*args):
 def test_the_command_prints_count_format_and_three_examples():
   done = _command(SAMPLES / 'gsm8k_like.jsonl')
   assert (done.returncode, done.stderr) == (0, '')
-  assert 'format gsm8k, 5 problems, 0 bad records (integer: 5)' in done.stdout
+  assert 'format gsm8k, 5 problems, 0 bad records (math: 5)' in done.stdout
   assert [f'\n[{index}] ' in done.stdout for index in range(4)] == [True, True, True, False]
 
 
@@ -360,15 +397,14 @@ def test_public_files_load_whole(shared_data, name, fmt, count):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_math_train_has_seven_problems_without_a_gold_answer_that_can_be_read(shared_data):
+def test_math_train_loads_but_for_four_problems_without_a_gold_answer_which_are_named(shared_data):
   """It was published so: they must be told, neither dropped in silence nor given an answer."""
-  scan = scan_problems(shared_data / 'math' / 'math_train_7474.json')
-  missing = {5318, 6056, 31970, 31982}  # null or empty
-  unreadable = {9314, 40610, 40754}  # an approximation, a matrix with a phantom, a fraction without braces
-  assert {f.line for f in scan.faults if 'null' in f.why or 'empty' in f.why} == missing
-  assert {f.line for f in scan.faults if 'math-verify' in f.why} == unreadable
-  assert len(scan.faults) == 7 and len(scan.problems) == 7467
-  assert {886, 1009, 5328, 5330} < set(range(7474)) - {p.id for p in scan.problems}
+  path = shared_data / 'math' / 'math_train_7474.json'
+  usable = usable_problems(path)
+  assert (len(usable.problems), usable.left_out) == (7470, 4)
+  assert {886, 1009, 5328, 5330} == set(range(7474)) - {p.id for p in usable.problems}
+  assert 'left out 4 of 7474' in usable.notes[0]
+  assert [f'  {path}:{line}: ' in note for line, note in zip((5318, 6056, 31970, 31982), usable.notes[1:], strict=True)]
 
 
 @pytest.mark.data
@@ -385,8 +421,6 @@ def test_files_of_other_kinds_are_refused_with_their_fields(shared_data):
   olympiad = _message(shared_data / 'math_eval' / 'olympiadbench_oe_to_maths_en.jsonl')
   assert ':1: the format cannot be told' in olympiad
   assert "'final_answer'" in olympiad
-  assert "'choices' looks like multiple" in _message(shared_data / 'multiple_choice' / 'mmlu_stem_test.jsonl')
-  assert 'cannot be told' in _message(shared_data / 'code' / 'mbpp_sanitized.json')
 
 
 @pytest.mark.data

@@ -1,5 +1,6 @@
 """Rewards: the rules read what people mean, hostile text costs only itself, and nothing is lost or left behind."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,8 @@ import time
 
 import pytest
 
-from moe_rl.rl.rewards import functions, pool, worker
+from moe_rl.rl.rewards import extract, functions, pool, worker
+from moe_rl.rl.rewards import verdicts as names
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
@@ -87,7 +89,7 @@ def test_format_is_rewarded_only_for_each_tag_once_and_in_order(response, expect
     ('', None),
 ])  # fmt: skip
 def test_the_last_complete_answer_is_extracted(response, expected):
-  assert functions.extract_answer(response) == expected
+  assert extract.tagged_answer(response) == expected
 
 
 @pytest.mark.parametrize('text', ['<think>', '<answer>', '</answer>', '<answer></answer>', ' ', '<'])
@@ -95,11 +97,11 @@ def test_what_the_parent_reads_itself_takes_linear_time(text):
   # 8 MB in well under a second; quadratic time would be hours.
   start = time.perf_counter()
   functions.format_reward(text * (2**23 // len(text)))
-  functions.extract_answer(text * (2**23 // len(text)))
+  extract.tagged_answer(text * (2**23 // len(text)))
   assert time.perf_counter() - start < 2.0
 
 
-C, W, A, R = functions.CORRECT, functions.WRONG, functions.UNPARSABLE_ANSWER, functions.UNPARSABLE_REFERENCE
+C, W, A, R = names.CORRECT, names.WRONG, names.UNPARSABLE_ANSWER, names.UNPARSABLE_REFERENCE
 PUZZLE = '{"numbers": [3, 8, 8, 10], "target": 24}'
 CASES = [
     ('integer', '18', '18', C), ('integer', ' +18\n', '18', C), ('integer', '-0,018', '-18', C),
@@ -146,14 +148,14 @@ def test_each_kind_tells_correct_wrong_and_unparsable_apart(graders):
   seen = [(*case[:3], grade.verdict) for case, grade in zip(CASES, grades, strict=True)]
   assert [case for case in seen if case not in CASES] == []
   counts = pool.count_verdicts(grades)
-  assert tuple(counts) == functions.VERDICTS and sum(counts.values()) == len(CASES)
+  assert tuple(counts) == names.VERDICTS and sum(counts.values()) == len(CASES)
   assert all(grade.format == 1.0 and grade.accuracy == (grade.verdict == C) for grade in grades)
 
 
 def test_a_response_without_an_answer_is_unparsable_and_counted(graders):
   grades = graders.grade([pool.Item(kind, '<think>18', '18') for kind in ('integer', 'math')])
   assert verdicts(grades) == [A, A] and [grade.format for grade in grades] == [0.0, 0.0]
-  assert pool.count_verdicts([]) == dict.fromkeys(functions.VERDICTS, 0)
+  assert pool.count_verdicts([]) == dict.fromkeys(names.VERDICTS, 0)
 
 
 def test_references_are_checked_with_a_reason():
@@ -200,8 +202,8 @@ def test_hostile_answers_cost_at_most_their_limit_and_no_neighbour_anything():
     by_item = dict(zip(items, graders.grade(items), strict=True))
     elapsed = time.monotonic() - start
   assert [by_item[one].verdict for one in neighbours] == [C, W] * 30
-  assert [by_item[one].verdict for one in HANGS] == [functions.TIMEOUT] * len(HANGS)
-  assert not {functions.CORRECT, functions.CRASH}.intersection(by_item[one].verdict for one in HOSTILE)
+  assert [by_item[one].verdict for one in HANGS] == [names.TIMEOUT] * len(HANGS)
+  assert not {names.CORRECT, names.CRASH}.intersection(by_item[one].verdict for one in HOSTILE)
   assert all(grade.format == 1.0 for grade in by_item.values())
   # 1 s of slack: the kill comes when the selector wakes, milliseconds late on an idle machine.
   assert max(grade.seconds for grade in by_item.values()) < TIMEOUT_S + 1.0
@@ -231,7 +233,7 @@ def test_a_worker_killed_from_outside_costs_the_item_in_work_alone():
     grades = graders.grade(items)
     assert time.monotonic() - start < 30.0  # far from the limit of 60 s: the death is noticed, not waited for
     assert verdicts(grades[:20] + grades[21:]) == [C] * 40
-    assert grades[20].verdict == functions.CRASH and grades[20].format == 1.0
+    assert grades[20].verdict == names.CRASH and grades[20].format == 1.0
 
     idle = graders._team[0].process.pid
     assert idle != victim
@@ -285,7 +287,8 @@ def test_workers_end_by_themselves_when_the_parent_is_killed():
       for member in graders._team:
         member.timeout_s = 1e6  # the parent does not kill: only the worker's own limit is left
       hang = pool.Item('math', '<answer>9^{9^{9^{9}}}</answer>', '18')
-      threading.Timer(0.5, lambda: print(*[m.process.pid for m in graders._team], flush=True)).start()
+      pids = lambda: [pid for member in graders._team for pid in (member.process.pid, member.child)]
+      threading.Timer(0.5, lambda: print(*pids(), flush=True)).start()
       graders.grade([hang])
   ''')
   parent = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -293,7 +296,7 @@ def test_workers_end_by_themselves_when_the_parent_is_killed():
   parent.kill()
   parent.wait()
   parent.stdout.close()
-  assert len(pids) == 2
+  assert len(pids) == 4
   # One idles and sees the end of its input; one hangs in C and is ended by 4 s of CPU time at most.
   deadline = time.monotonic() + 30.0
   while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
@@ -305,10 +308,10 @@ def test_workers_inherit_limits_and_no_secrets(graders, monkeypatch):
   monkeypatch.setenv('SECRET_TOKEN', 'x')
   with pool.RewardPool(workers=1, timeout_s=TIMEOUT_S, memory_mb=512) as limited:
     limited.grade([item('integer', '1', '1')])
-    process = pathlib.Path(f'/proc/{limited._team[0].process.pid}')
-    assert b'SECRET_TOKEN' not in (process / 'environ').read_bytes()
+    child = pathlib.Path(f'/proc/{limited._team[0].child}')
+    assert b'SECRET_TOKEN' not in (child / 'environ').read_bytes()
     limits = dict((line[:26].strip(), line[26:].split()[0])
-                  for line in (process / 'limits').read_text().splitlines()[1:])  # fmt: skip
+                  for line in (child / 'limits').read_text().splitlines()[1:])  # fmt: skip
   assert limits['Max address space'] == str(512 * 2**20)
   assert limits['Max core file size'] == '0'
   assert limits['Max file size'] == str(16 * 2**20)
@@ -319,8 +322,9 @@ def test_out_of_memory_and_stack_are_crashes_of_the_item(monkeypatch):
   for error, fit in ((MemoryError, False), (RecursionError, True)):
     def fail(*unused, error=error):
       raise error
-    monkeypatch.setitem(functions.ACCURACY, 'math', fail)
-    assert worker._grade('math', respond('1'), '1') == (functions.CRASH, 1.0, fit)
+    rule = dataclasses.replace(functions.ACCURACY['integer'], verdict=fail)
+    monkeypatch.setitem(functions.ACCURACY, 'integer', rule)
+    assert worker._grade('integer', respond('1'), '1') == (names.CRASH, 1.0, fit)
 
 
 def test_a_worker_that_cannot_start_is_an_error_with_the_reason_and_a_remedy(monkeypatch, tmp_path):
@@ -356,8 +360,8 @@ def test_easy_items_cost_well_under_a_millisecond(graders):
     start = time.perf_counter()
     graders.grade(items)
     seconds.append(time.perf_counter() - start)
-  # Measured 16 to 33 ms on 2 cores; three times that is left for neighbours on the machine.
-  assert min(seconds) < 0.1
+  # Measured 16 to 33 ms on 2 cores, 90 to 150 with five other programs on them.
+  assert min(seconds) < 0.25
 
 
 def load_answers(path: pathlib.Path) -> list[str]:

@@ -11,7 +11,7 @@ from moe_rl import config as configs
 from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.main import launch
-from moe_rl.rl.rewards.functions import VERDICTS
+from moe_rl.rl.rewards.verdicts import VERDICTS
 from moe_rl.runtime.run import Run
 
 STEPS = runs.RL['rl']['steps']
@@ -36,7 +36,10 @@ def test_derived_sizes_are_printed_before_the_run(printed):
   head = dict(line.split(None, 1) for line in printed[:printed.index('workdir')].strip().splitlines())
   assert head == {
     'backend': 'cpu', 'devices': '1', 'mesh': 'data=1 x expert=1 x fsdp=1 x tensor=1', 'samples_per_step': '16',
-    'samples': str(16 * STEPS), 'updates_per_step': '2', 'longest_sample_tokens': '23', 'eval_samples': '16'}
+    'samples': str(16 * STEPS), 'updates_per_step': '2',
+    'objective': 'grpo_token: advantage group_std, ratio by token in 0.8..1.28 (clip), mean by token, '
+                 'KL k3 x 0.001 in the loss, refill_rounds 0, overlong_filter False',
+    'longest_sample_tokens': '23', 'eval_samples': '16'}
 
 
 def test_pretraining_prints_its_tokens():
@@ -129,11 +132,11 @@ from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.rl import RL
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition('/')[2]))
-out = {}
-for name, stage in (('pretrain', Pretraining), ('r1_zero', RL)):
+stages, out = {'pretrain': Pretraining, 'r1_zero': RL}, {}
+for name, changes in json.loads(sys.argv[1]).items():
   config = load_experiment(f'experiments/{name}.py')
-  config.update(json.loads(sys.argv[1])[name])
-  made = stage(config, make_mesh(configs.mesh_sizes(config, 1)))
+  config.update(changes)
+  made = stages[name](config, make_mesh(configs.mesh_sizes(config, 1)))
   jitted = {id(v) for v in vars(made).values() if hasattr(v, 'lower')}
   assert len(jitted) > 1 and jitted == {id(program.function) for program in made.programs()}
   for program in made.programs():

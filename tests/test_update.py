@@ -1,4 +1,5 @@
-"""The packed batch and the GRPO update: every token once, and the gradient of a plain recomputation."""
+"""The packed batch and the GRPO update: every token once, and the gradient of a plain recomputation; the trainer's own
+log-probs; and the sampler's expert choices, replayed."""
 
 import functools
 
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import assert_trees_close, quick_jit, tiny_model, tiny_variables
+from tiny import EOS, assert_trees_close, favouring, quick_jit, tiny_model, tiny_variables
 
 from moe_rl.config import base_config
 from moe_rl.models.transformer import Transformer
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import pack
-from moe_rl.rl.sampler import Rollout
-from moe_rl.rl.update import make_grpo_update, score
+from moe_rl.rl.sampler import Rollout, make_sampler
+from moe_rl.rl.update import make_grpo_update, make_scoring, score
+from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.state import TrainState
 
 MODEL = tiny_model(layers=2, dense_layers=0)  # the update is what compiles longest: MoE layers only
@@ -93,6 +95,26 @@ def test_packing_keeps_every_token_log_prob_advantage_and_weight_exactly_once(ro
 def test_a_sample_longer_than_a_row_is_refused_with_the_key_to_raise():
   with pytest.raises(ValueError, match='a sample of 9 tokens does not fit a row of 8: raise rl.row_tokens'):
     packed_batch(rollout(), row_tokens=8, microbatch_rows=2)
+
+
+def test_a_sample_of_no_weight_takes_no_room_and_the_others_keep_theirs():
+  ones = np.ones((2, GROUP), np.float32)
+  kept = np.array([[1, 0, 1, 1], [0, 1, 1, 0]], np.float32)  # 5 of 7, 7, 9; 7, 9 tokens
+  packed, used = pack(rollout(), ones, kept / 4, row_tokens=9, microbatch_rows=1)
+  assert packed.ids.shape == (8, 1, 9) and used == 5  # shapes are those of the whole
+  assert (packed.weight > 0).sum() == LENGTH[kept > 0].sum() and set(np.unique(packed.weight)) == {0, 0.25}
+  whole = pack(rollout(), ones, ones, row_tokens=9, microbatch_rows=1)[0].ids[:, 0].tolist()
+  left = [i for i in packed.ids[:, 0].tolist() if any(i)]
+  assert all(row in whole for row in left) and len(left) == 5
+  assert pack(rollout(), ones, 0 * ones, row_tokens=9, microbatch_rows=1)[1] == 0  # nothing left: nothing computed
+
+
+def test_weights_without_the_samples_left_out_are_means_over_the_others():
+  kept = np.array([True, False, True])
+  for denominator, wanted in (('sequence', [1 / (2 * 2), 0, 1 / (2 * 10)]), ('token', [1 / 12, 0, 1 / 12]),
+                              ('constant', [1 / (2 * 20), 0, 1 / (2 * 20)])):
+    np.testing.assert_allclose(grpo.token_weights(np.array([2, 4, 10]), denominator, 20, kept), wanted, rtol=1e-6)
+  np.testing.assert_array_equal(grpo.token_weights(np.array([2]), 'token', 20, np.array([False])), 0)
 
 
 # A small rollout, and its update written out plainly.
@@ -313,3 +335,139 @@ def test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout_and_leaves_one_in_
   assert metrics[0]['ratio'] == pytest.approx(1, abs=1e-5) and metrics[0]['sampler_gap'] < 1e-5
   assert metrics[0]['clipped'] == 0
   assert abs(metrics[1]['ratio'] - 1) > 1e-3 and metrics[1]['sampler_gap'] > 1e-2
+
+
+# The trainer's own log-probs, before the first update.
+
+
+@functools.cache
+def scored(noise: float = 0.3, **changes):
+  """(batch, metrics, microbatches in use) with the trainer's log-probs in place of the sampler's."""
+  batch, used = packed_batch(rollout(noise), denominator='sequence', microbatch_rows=4)
+  given = rl_config(old_logp='trainer', **changes)
+  scoring = quick_jit(make_scoring(Transformer(MODEL), given, SAMPLING))
+  return *jax.device_get(scoring(variables(), batch, used)), batch, used
+
+
+def test_scoring_gives_the_models_own_log_probs_and_the_gap_to_the_samplers():
+  batch, metrics, sampled, used = scored()
+  exact, _ = packed_batch(rollout(noise=0.0), denominator='sequence', microbatch_rows=4)  # the model's, one by one
+  assert used == 2
+  np.testing.assert_allclose(batch.logp, exact.logp, atol=1e-5)  # rounding of log-probs of about 5 nats
+  gap = np.abs(exact.logp - sampled.logp)[sampled.weight > 0]
+  assert metrics['sampler_gap'] == pytest.approx(gap.max(), abs=1e-5) and gap.max() > 0.5
+  assert metrics['sampler_gap_mean'] == pytest.approx(gap.mean(), abs=1e-5)
+  assert batch.importance is None and sorted(metrics) == ['sampler_gap', 'sampler_gap_mean']
+  for name in ('ids', 'positions', 'segments', 'weight', 'advantage'):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(sampled, name))
+
+
+def test_importance_weights_go_with_the_batch_and_what_they_cut_is_counted():
+  batch, metrics, sampled, _ = scored(importance='truncate', importance_range=(0.5, 1.25))
+  answer = sampled.weight > 0
+  w = np.exp((batch.logp - sampled.logp).astype(np.float64))[answer]
+  assert 0.1 < (w > 1.25).mean() < 0.5
+  np.testing.assert_allclose(batch.importance[answer], np.minimum(w, 1.25), rtol=1e-5)
+  assert metrics['importance_cut'] == pytest.approx((w > 1.25).mean(), abs=1e-6)
+  assert metrics['importance'] == pytest.approx(np.minimum(w, 1.25).mean(), rel=1e-5)
+
+
+def test_with_the_trainers_old_log_probs_the_first_ratio_is_one_whatever_the_sampler_said():
+  batch, _, _, _ = scored()
+  _, metrics = update()(fresh(rate=0.0), jax.tree.map(lambda x: x.reshape(1, 8, LONGEST), batch), np.int32(1))
+  assert metrics['ratio'] == pytest.approx(1, abs=1e-5) and metrics['clipped'] == 0
+
+
+# Routing replay. All experts of a layer have nearly the same router column, so rounding decides who is picked, and
+# nothing alike in their own weights, so another pick is another answer.
+
+NEAR_TIES = tiny_model(layers=2, dense_layers=0, init_std=0.2)
+PROMPTS = np.random.default_rng(5).integers(2, 64, (5, 6)).astype(np.int32)
+
+
+@functools.cache
+def tied_variables():
+  variables = favouring(tiny_variables(NEAR_TIES), EOS, 1.0)
+  router = variables['params']['moe']['ff']['router']  # [layers, width, experts]
+  router[..., 1:] = router[..., :1] + 1e-7 * np.random.default_rng(0).normal(size=router[..., 1:].shape)
+  return variables
+
+
+@functools.cache
+def replayed():
+  """(rollout with its picks, its packed batch)."""
+  net = Transformer(NEAR_TIES)
+  sample = quick_jit(make_sampler(net, group=8, max_new=10, eos_id=EOS, record_picks=True, **SAMPLING))
+  lengths = np.array([3, 6, 1, 5, 6], np.int32)
+  prompts = PROMPTS * (np.arange(6) < lengths[:, None])
+  r = jax.device_get(sample(tied_variables(), prompts, lengths, np.arange(5, dtype=np.int32), key_for(0, 'rollout', 0)))
+  ones = np.ones((5, 8), np.float32)
+  return r, pack(r, ones, ones, row_tokens=40, microbatch_rows=20)[0]
+
+
+@quick_jit
+def value_and_router_gradient(params, router, batch):
+  def total(params):
+    logp, _, load = score(NEAR_TIES, {'params': params, 'router': router}, batch, SAMPLING)
+    return (logp * (batch.weight > 0)).sum(), (logp, load)
+  gradient, aux = jax.grad(total, has_aux=True)(params)
+  return *aux, gradient['moe']['ff']['router']
+
+
+def scores(batch, router=None):
+  """(log-probs, expert loads, gradient of the log-probs' sum by the router's weights), under the near ties."""
+  variables = tied_variables()
+  return jax.device_get(value_and_router_gradient(variables['params'], router or variables['router'], batch))
+
+
+def test_recorded_picks_are_experts_for_every_token_that_was_read_and_minus_one_elsewhere():
+  r, batch = replayed()
+  layers, top_k = NEAR_TIES.moe_layers, NEAR_TIES.top_k
+  assert r.prompt_picks_BxPxLxK.shape == (5, 6, layers, top_k) and r.prompt_picks_BxPxLxK.dtype == np.int16
+  assert r.picks_BxGxSxLxK.shape == (5, 8, 10, layers, top_k)
+  assert 0 < r.stopped_BxG.sum() < 40
+  read = np.arange(10) < r.length_BxG[..., None] - 1  # nothing follows the last token
+  for picks, where in ((r.picks_BxGxSxLxK, read), (r.prompt_picks_BxPxLxK, np.arange(6) < r.prompt_length_B[:, None])):
+    assert ((picks >= 0) & (picks < 4)).all((-1, -2))[where].all() and (picks[~where] == -1).all()
+    assert (picks[where][..., 0] != picks[where][..., 1]).all()
+  assert (batch.picks >= 0).all((-1, -2)).sum() == (r.prompt_length_B[:, None] + r.length_BxG - 1).sum()
+
+
+def test_with_replay_the_trainers_log_probs_are_the_samplers_where_without_it_near_ties_go_another_way():
+  _, batch = replayed()
+  first = jax.tree.map(lambda x: x[0], batch)
+  answer = first.weight > 0
+  (logp, load, _), (free, free_load, _) = (scores(b) for b in (first, first.replace(picks=None)))
+  gap, free_gap = np.abs(logp - first.logp)[answer], np.abs(free - first.logp)[answer]
+  assert gap.max() <= 1e-5 and gap.size > 100  # float32 log-probs of about 4 nats in two orders of summing
+  assert (free_gap > 0.01).mean() > 0.05  # the near ties are real
+  np.testing.assert_array_equal(load.sum(1), free_load.sum(1))
+  assert (load != free_load).any()
+
+
+def test_replayed_tokens_load_the_experts_that_the_sampler_picked():
+  _, batch = replayed()
+  first = jax.tree.map(lambda x: x[0], batch)
+  _, load, _ = scores(first)
+  recorded = np.stack([np.bincount(first.picks[:, :, layer][first.picks[:, :, layer] >= 0], minlength=4)
+                       for layer in range(2)])
+  samples = len({(row, s) for row, s in zip(*np.nonzero(first.segments), strict=True)
+                 if first.segments[row, s] != (first.segments[row, s + 1] if s + 1 < 40 else 0)})
+  assert (load >= recorded).all()
+  np.testing.assert_array_equal((load - recorded).sum(1), samples * 2)  # each sample's last token chooses for itself
+
+
+def test_gates_are_computed_anew_so_the_router_has_a_gradient():
+  _, batch = replayed()
+  _, _, gradient = scores(jax.tree.map(lambda x: x[0], batch))
+  assert np.isfinite(gradient).all() and (np.abs(gradient).max((0, 1)) > 1e-3).all()  # of every expert
+
+
+def test_the_selection_bias_is_idle_for_replayed_tokens():
+  _, batch = replayed()
+  first = jax.tree.map(lambda x: x[0], batch)
+  bias = np.tile(np.float32([5, -5, 5, -5]), (2, 1))  # decides every free choice
+  router = {'moe': {'ff': {'bias': bias}}}
+  (logp, load, _), (_, free, _) = scores(first, router), scores(first.replace(picks=None), router)
+  np.testing.assert_allclose(logp[first.weight > 0], scores(first)[0][first.weight > 0], atol=1e-5)
+  assert (free[:, [1, 3]] == 0).all() and (load[:, [1, 3]] > 0).all()

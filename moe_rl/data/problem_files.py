@@ -26,6 +26,10 @@ class BadRecord(Exception):
   """Why one record cannot be used, and the remedy."""
 
 
+class BadReference(BadRecord):
+  """A record whose only fault is that its gold answer is absent or cannot be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
   """line: where it begins, from 1. value: what JSON or CSV holds there. why: set if it could not be read."""

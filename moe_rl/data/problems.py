@@ -6,46 +6,24 @@ reads every record and checks every gold answer before it returns, so that a bad
 start and not a run in the middle. `python -m moe_rl.data.problems FILE` prints what a file holds and each bad
 line.
 
-Formats; 'auto' tells them apart by the fields of the first record and by the file name:
-
-  gsm8k      `question`, `answer`; the gold answer follows the last '####' of `answer`.
-  math       `problem`, `answer`; without an answer, the last \boxed{...} of `solution`.
-  countdown  `{"input": "30,100,93", "output": "23"}`, or the 24 game's CSV with its column `Puzzles`.
-  jsonl      `question`, `prompt` or `problem`; `answer` or `reference`; if wanted `kind`, the accuracy
-             function (otherwise 'integer' for an answer of digits alone and 'math' for any other).
-
-Where several names will do, the first in the order above that is there counts. JSON is one object a line, or
-one array of objects.
+The formats are in `problem_formats`; 'auto' tells them apart by the fields of the first record and by the file name.
+JSON is one object a line, or one array of objects. What training cannot use for want of a gold answer alone is left
+out, counted and named; any other bad record refuses the file.
 """
 
 import argparse
 import collections
 import dataclasses
-import json
+import logging
 import os
 import pathlib
-import re
 import sys
 
-from moe_rl.data.problem_files import (
-  SHOWN,
-  BadRecord,
-  DataError,
-  clip,
-  field_names,
-  nearest,
-  no_object,
-  read_records,
-  text_field,
-)
+from moe_rl.data.problem_files import SHOWN, BadRecord, BadReference, DataError, clip, nearest, read_records
+from moe_rl.data.problem_formats import FORMATS, PARSERS, guess_format, parse_csv_countdown
 
-FORMATS = ('gsm8k', 'math', 'countdown', 'jsonl')
-_QUESTIONS = ('question', 'prompt', 'problem')
-_ANSWERS = ('answer', 'reference')
-_CHOICES = ('choices', 'options')
-_INTEGER = re.compile(r'[+-]?[0-9]+')
 _MAX_MATH_CHARS, _MAX_MATH_DEPTH, _MAX_MATH_BARS = 500, 8, 12
-_THOUSANDS = re.compile(r'[+-]?[0-9]{1,3}(,[0-9]{3})+')
+_NAMED = 20  # problems left out that a note names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +33,7 @@ class Problem:
   id: position of the record in its file, from 0, blank lines not counted; randomness is addressed by it.
   question: text for the template, without outer white space.
   reference: gold answer as text, in the form that the accuracy function `kind` reads.
-  kind: name of an accuracy function: 'integer', 'math' or 'countdown'.
+  kind: name of an accuracy function, see `moe_rl/rl/rewards/functions.py`.
   """
 
   id: int
@@ -66,10 +44,14 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """One bad record: its line in the file, from 1, and why it is bad with the remedy."""
+  """One bad record: its line in the file, from 1, and why it is bad with the remedy.
+
+  gold_only: nothing is wrong with it but that its gold answer is absent or cannot be read.
+  """
 
   line: int
   why: str
+  gold_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +65,51 @@ class Scan:
 
 
 def load_problems(path, fmt='auto') -> list[Problem]:
-  """All problems of a file in its order; raises DataError if any record is bad, quoting up to 5 of them."""
+  """All problems of a file that can be trained on, in its order; those left out are told in the log. As
+  `usable_problems`, which gives their count."""
+  usable = usable_problems(path, fmt)
+  if usable.notes:
+    logging.getLogger(__name__).warning('\n'.join(usable.notes))
+  return usable.problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Usable:
+  """problems: those that can be trained on, in the file's order; left_out: how many for want of a gold answer that can
+  be read; notes: lines for the log that name them."""
+
+  problems: list[Problem]
+  left_out: int
+  notes: list[str]
+
+
+def usable_problems(path, fmt='auto') -> Usable:
+  """What a run can use of a file.
+
+  Raises DataError, quoting up to 5 records, if one is bad in any other way, or if no problem is left.
+  """
   scan = scan_problems(path, fmt)
-  if not scan.faults:
-    return list(scan.problems)
+  if not scan.problems or not all(fault.gold_only for fault in scan.faults):
+    raise _refusal(scan)
+  left, notes = len(scan.faults), []
+  if left:
+    notes = [f'left out {left} of {left + len(scan.problems)} problems of {scan.path}, whose gold answer is absent or '
+             'cannot be read:']
+    notes += [f'  {scan.path}:{fault.line}: {fault.why}' for fault in scan.faults[:_NAMED]]
+  if left > _NAMED:
+    notes.append(f'  and {left - _NAMED} more; `python -m moe_rl.data.problems {scan.path}` lists all')
+  return Usable(list(scan.problems), left, notes)
+
+
+def _refusal(scan) -> DataError:
   total = len(scan.faults) + len(scan.problems)
   lines = [f'{scan.path}: {len(scan.faults)} of {total} records cannot be used (read as {scan.format}):']
-  lines += [f'  {scan.path}:{fault.line}: {fault.why}' for fault in scan.faults[:SHOWN]]
+  first = sorted(scan.faults, key=lambda fault: fault.gold_only)[:SHOWN]
+  lines += [f'  {scan.path}:{fault.line}: {fault.why}' for fault in sorted(first, key=lambda fault: fault.line)]
   if len(scan.faults) > SHOWN:
     lines.append(f'  and {len(scan.faults) - SHOWN} more')
   lines.append(f'Mend or delete them; `python -m moe_rl.data.problems {scan.path}` lists every one.')
-  raise DataError('\n'.join(lines))
+  return DataError('\n'.join(lines))
 
 
 def scan_problems(path, fmt='auto') -> Scan:
@@ -110,49 +126,41 @@ def scan_problems(path, fmt='auto') -> Scan:
   if is_csv and fmt not in ('auto', 'countdown'):
     raise DataError(f'{path}: {fmt} is a format of JSON, the file is .csv: name the format auto or countdown')
   records = read_records(path)
-  fmt = _guess_format(path, records, is_csv) if fmt == 'auto' else fmt
-  parse = _parse_csv_countdown if is_csv else _PARSERS[fmt]
-  check = _ReferenceCheck()
-  problems, faults = [], []
+  fmt = guess_format(path, records, is_csv) if fmt == 'auto' else fmt
+  parse = parse_csv_countdown if is_csv else PARSERS[fmt]
+  parsed, faults = [], []
   for index, record in enumerate(records):
     try:
       if record.why:
         raise BadRecord(record.why)
-      question, reference, kind = parse(record.value)
-      check(kind, reference)
-      problems.append(Problem(index, question, reference, kind))
+      problem = Problem(index, *parse(record.value))
+      _check_kind(problem.kind)
+      if problem.kind == 'math':
+        _refuse_labyrinth(problem.reference)
+      parsed.append((record.line, problem))
     except BadRecord as bad:
-      faults.append(Fault(record.line, str(bad)))
-  return Scan(str(path), fmt, tuple(problems), tuple(faults))
+      faults.append(Fault(record.line, str(bad), isinstance(bad, BadReference)))
+  why = _check_references([problem for _, problem in parsed])
+  faults += [Fault(line, said, True) for (line, _), said in zip(parsed, why, strict=True) if said]
+  problems = [problem for (_, problem), said in zip(parsed, why, strict=True) if not said]
+  return Scan(str(path), fmt, tuple(problems), tuple(sorted(faults, key=lambda fault: fault.line)))
 
 
-class _ReferenceCheck:
-  """Asks the accuracy functions whether they can read a gold answer; one that repeats is asked about once.
+def _check_kind(kind):
+  from moe_rl.rl.rewards import functions
 
-  They are imported at the first question: reading a file should not wait for a computer algebra system.
-  """
+  if kind not in functions.ACCURACY:
+    raise BadRecord(f'kind {clip(kind)} is no accuracy function{nearest(kind, functions.ACCURACY)}: '
+                    f'choose one of {", ".join(sorted(functions.ACCURACY))}')
 
-  def __init__(self):
-    self._known = {}
 
-  def __call__(self, kind, reference):
-    if (kind, reference) not in self._known:
-      self._known[kind, reference] = self._ask(kind, reference)
-    if self._known[kind, reference]:
-      raise BadRecord(self._known[kind, reference])
+def _check_references(problems):
+  """What is wrong with each reference, or None; those that could hold up the reader are read in killable workers."""
+  from moe_rl.rl.rewards import pool
 
-  def _ask(self, kind, reference):
-    from moe_rl.rl.rewards import functions
-
-    if kind not in functions.ACCURACY:
-      return (
-        f'kind {clip(kind)} is no accuracy function{nearest(kind, functions.ACCURACY)}: '
-        f'choose one of {", ".join(sorted(functions.ACCURACY))}'
-      )
-    if kind == 'math':
-      _refuse_labyrinth(reference)
-    why = functions.check_reference(kind, reference)
-    return why and f'{why}: write the final answer alone, or use format jsonl and name another kind'
+  with pool.RewardPool() as graders:  # which start if they are needed
+    why = graders.check([(problem.kind, problem.reference) for problem in problems])
+  return [said and f'{said}: write the final answer alone, or use format jsonl and name another kind' for said in why]
 
 
 def _refuse_labyrinth(reference):
@@ -171,134 +179,7 @@ def _refuse_labyrinth(reference):
   ):
     if count > limit:
       size = f'{count} {what}, over the limit of {limit}'
-      raise BadRecord(f'reference {clip(reference)} has {size}: write the final answer alone')
-
-
-# Telling the formats apart.
-
-
-def _guess_format(path, records, is_csv):
-  first = next((record for record in records if isinstance(record.value, dict)), None)
-  if first is None:
-    bad = [f'  {path}:{each.line}: {each.why or no_object(each.value)}' for each in records]
-    raise DataError('\n'.join([f'{path}: none of its {len(bad)} records is an object:', *bad[:SHOWN]]))
-  fields = first.value
-  found = ('Puzzles' in fields and 'countdown') if is_csv else _guess_json(fields)
-  if found:
-    return found
-  choices = next((key for key in _CHOICES if key in fields), None)
-  look = f'; {choices!r} looks like multiple choice: write the choices into the question' if choices else ''
-  raise DataError(
-    f'{path}:{first.line}: the format cannot be told: the file name ends in {path.suffix!r} and the first '
-    f'record has the fields {field_names(fields)}{look}. Known are gsm8k (question; answer with "#### "), '
-    'math (problem; answer or solution), countdown (input; output; or .csv with Puzzles), jsonl (question, '
-    'prompt or problem; answer or reference): rename the fields, or name the format.'
-  )
-
-
-def _guess_json(fields):
-  if any(key in fields for key in _CHOICES):
-    return None  # its `answer` is the number of a choice: taken for the answer it would teach nonsense
-  asked = any(key in fields for key in _QUESTIONS)
-  answered = any(key in fields for key in _ANSWERS)
-  if 'kind' in fields and asked and answered:
-    return 'jsonl'
-  if 'problem' in fields and ('answer' in fields or 'solution' in fields):
-    return 'math'
-  if 'input' in fields and 'output' in fields:
-    return 'countdown'
-  if 'question' in fields and '####' in str(fields.get('answer')):
-    return 'gsm8k'
-  return 'jsonl' if asked and answered else None
-
-
-# Formats: one record to (question, reference, kind), or BadRecord.
-
-
-def _parse_gsm8k(record):
-  question, answer = text_field(record, 'question'), text_field(record, 'answer')
-  _, marker, gold = answer.rpartition('####')
-  if not marker:
-    raise BadRecord(f"field 'answer' ({clip(answer)}) has no '####': write the gold answer after '#### '")
-  if not gold:
-    raise BadRecord("field 'answer' has nothing after its last '####': write the gold answer there")
-  return question, _plain(gold.strip()), 'integer'
-
-
-def _parse_math(record):
-  question = text_field(record, 'problem')
-  if record.get('answer') is not None or record.get('solution') is None:
-    return question, text_field(record, 'answer'), 'math'
-  reference = last_boxed(text_field(record, 'solution'))
-  if not reference:
-    raise BadRecord(
-      "field 'answer' is absent and 'solution' has no last \\boxed{...} with text and balanced "
-      'braces in it: add one of them'
-    )
-  return question, reference, 'math'
-
-
-def last_boxed(text):
-  r"""Content of the last \boxed{...}, None if there is none or it has no end; \{ and \} are no braces."""
-  start = max((match.end() for match in re.finditer(r'\\boxed\s*\{', text)), default=None)
-  depth = 1
-  for token in re.finditer(r'\\.|[{}]', text[start:] if start else '', re.DOTALL):
-    depth += {'{': 1, '}': -1}.get(token.group(), 0)
-    if depth == 0:
-      return text[start : start + token.start()].strip()
-  return None
-
-
-def _parse_countdown(record):
-  numbers, target = text_field(record, 'input'), text_field(record, 'output')
-  return _countdown(_integers(numbers.split(','), 'input'), _integers([target], 'output')[0])
-
-
-def _parse_csv_countdown(record):
-  return _countdown(_integers(text_field(record, 'Puzzles').split(), 'Puzzles'), 24)
-
-
-def _countdown(numbers, target):
-  if len(numbers) < 2:
-    raise BadRecord(f'there is only the number {numbers[0]} to make {target} of: give at least 2')
-  question = f'Use {",".join(map(str, numbers))} once each with + - * / to make {target}.'
-  reference = json.dumps({'numbers': numbers, 'target': target}, separators=(',', ':'))
-  return question, reference, 'countdown'
-
-
-def _integers(texts, key):
-  for text in texts:
-    if not re.fullmatch(r'\s*[+-]?[0-9]{1,18}\s*', text):
-      raise BadRecord(
-        f'field {key!r} holds {clip(text)} where an integer is wanted: write numbers as '
-        '"30,100,93" (in CSV "1 1 4 6") and one target'
-      )
-  return [int(text) for text in texts]
-
-
-def _parse_jsonl(record):
-  fields = record if isinstance(record, dict) else {}
-  question = text_field(record, _first_present(fields, _QUESTIONS))
-  reference = text_field(record, _first_present(fields, _ANSWERS))
-  if '####' in reference:
-    raise BadRecord("the answer holds '####', as in GSM8K: name the format gsm8k, or write the answer alone")
-  if fields.get('kind') is not None:
-    kind = text_field(record, 'kind')
-  else:
-    kind = 'integer' if _INTEGER.fullmatch(reference) else 'math'
-  return question, _plain(reference) if kind == 'integer' else reference, kind
-
-
-def _first_present(fields, keys):
-  return next((key for key in keys if fields.get(key) is not None), keys[0])
-
-
-def _plain(number):
-  """'1,080' -> '1080'; any other text is returned as it is."""
-  return number.replace(',', '') if _THOUSANDS.fullmatch(number) else number
-
-
-_PARSERS = {'gsm8k': _parse_gsm8k, 'math': _parse_math, 'countdown': _parse_countdown, 'jsonl': _parse_jsonl}
+      raise BadReference(f'reference {clip(reference)} has {size}: write the final answer alone')
 
 
 def main(argv=None):

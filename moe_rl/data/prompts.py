@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_rl.config import chain_task
-from moe_rl.data.problems import Problem, load_problems
+from moe_rl.data.problems import Problem, usable_problems
 from moe_rl.data.tasks import Problems
 from moe_rl.data.templates import opening, prompt_ids
 from moe_rl.data.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ class Prompt:
 @dataclasses.dataclass(frozen=True)
 class Prompts:
   """train: random access, by index; held_out: a list; longest: tokens of the longest kept prompt; left_out: too-long
-  ones; notes: lines for the log."""
+  ones and those without a gold answer that can be read; notes: lines for the log."""
 
   train: Problems
   held_out: list[Prompt]
@@ -49,9 +49,11 @@ def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
     return _procedural(config, prompt, limit)
 
   t = config.task
-  train, start = load_problems(t.path, t.name), 0
+  sources, start = [usable_problems(t.path, t.name)], 0
+  train = sources[0].problems
   if t.eval_path:
-    held_out = load_problems(t.eval_path, t.name)[:config.eval.problems]
+    sources.append(usable_problems(t.eval_path, t.name))
+    held_out = sources[1].problems[:config.eval.problems]
   else:
     start = len(train) - config.eval.problems
     if start < 1:
@@ -65,14 +67,16 @@ def load_prompts(config, tokenizer: Tokenizer) -> Prompts:
       shortest = min(len(p.ids) for p in long)
       raise ValueError(f'{path}: every prompt is longer than config.sampling.max_prompt_tokens {limit} '
                        f'(the shortest has {shortest} tokens): raise it')
-  notes = [f'{len(kept_train)} training and {len(kept_eval)} held-out prompts of {t.path}']
+  notes = [f'{len(kept_train)} training and {len(kept_eval)} held-out prompts of {t.path}',
+           *(note for source in sources for note in source.notes)]
   for name, long in (('training', long_train), ('held-out', long_eval)):
     if long:
       worst = max(long, key=lambda p: len(p.ids))
       notes.append(f'left out {len(long)} {name} prompts longer than config.sampling.max_prompt_tokens {limit}; '
                    f'the longest is problem {worst.problem.id} with {len(worst.ids)} tokens')
   return Prompts(Problems(kept_train.__getitem__, len(kept_train)), kept_eval, True,
-                 max(len(p.ids) for p in kept_train + kept_eval), len(long_train) + len(long_eval), notes)
+                 max(len(p.ids) for p in kept_train + kept_eval),
+                 len(long_train) + len(long_eval) + sum(source.left_out for source in sources), notes)
 
 
 def _procedural(config, prompt, limit: int) -> Prompts:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from moe_rl.models import expert_parallel
 from moe_rl.models.config import ModelConfig
-from moe_rl.models.layers import SwiGLU, place, weight
+from moe_rl.models.layers import SwiGLU, place, product, weight
 from moe_rl.runtime.mesh import Layout
 
 FIRST_ROUND, FURTHER_ROUNDS = 1.25, 0.25  # buffer of an expert, over its even share of the pairs
@@ -33,18 +33,19 @@ class RouterStats:
 
 
 def choose(score_NxE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) -> jax.Array:
-  """int32 [N, K]: the experts picked by score + bias, within the best groups (eq. 16, node-limited routing).
+  """int32 [N, K]: the experts picked by score + bias, within the best groups (eq. 16, node-limited routing); N may be
+  several axes.
 
   A group's worth is the sum of its two best entries with a bias (V3), its best without (V2). Experts of other
   groups are masked with -inf: with 0, as some implementations have it, a negative bias could make them win.
   """
   select = score_NxE if bias_E is None else score_NxE + bias_E
   if config.kept_groups < config.groups:
-    grouped = select.reshape(-1, config.groups, config.experts // config.groups)
+    grouped = select.reshape(*select.shape[:-1], config.groups, config.experts // config.groups)
     best = min(2, grouped.shape[-1]) if config.score == 'sigmoid' else 1
     worth = jax.lax.top_k(grouped, best)[0].sum(-1)
     kept = jax.lax.top_k(worth, config.kept_groups)[1]
-    mask = jax.nn.one_hot(kept, config.groups, dtype=bool).any(axis=1)
+    mask = jax.nn.one_hot(kept, config.groups, dtype=bool).any(axis=-2)
     select = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(select.shape)
   return jax.lax.top_k(select, config.top_k)[1]
 
@@ -104,7 +105,7 @@ def experts(x_NxD, picked_NxK, gate_NxK, gate_ExDxF, up_ExDxF, down_ExFxD, path:
   """sum_k gate[n, k] SwiGLU_{picked[n, k]}(x[n]): [N, D]. Dropless on every path.
 
   picked: int32 in 0..E; E marks a pair that computes nothing (padding). All paths agree to rounding. path: 'dense',
-  'ragged', 'rounds'; 'cpu': one of the first and last by shape; 'auto': by the default backend.
+  'ragged' or 'rounds'; 'cpu': the first or the last, by shape; 'auto': by the default backend.
   """
   if path == 'auto':
     path = 'cpu' if jax.default_backend() == 'cpu' else 'ragged'
@@ -306,32 +307,45 @@ class MoE(nn.Module):
   def __call__(self, x_NxTxD: jax.Array, valid_NxT: jax.Array) -> tuple[jax.Array, RouterStats]:
     """valid_NxT: bool, False on padding, which no routed expert computes and no count sees."""
     c = self.config
-    flat = x_NxTxD.reshape(-1, c.width)
     router_init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ('embed', 'router'))
     router = self.param('router', router_init, (c.width, c.experts), jnp.dtype(c.param_dtype))
-    logits = jnp.dot(flat.astype(jnp.float32), router.astype(jnp.float32), precision='highest')
+    logits = product(self, x_NxTxD.astype(jnp.float32), router.astype(jnp.float32), precision='highest')
     if c.score == 'sigmoid':
-      score_NxE = nn.sigmoid(logits)
+      score_NxTxE = nn.sigmoid(logits)
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('router',))
       bias = self.variable('router', 'bias', bias_init, None, (c.experts,), jnp.float32).value
     else:
-      score_NxE, bias = nn.softmax(logits), None
-    picked = choose(jax.lax.stop_gradient(score_NxE), bias, c)
-    gate = gates(score_NxE, picked, c)
-    picked = jnp.where(valid_NxT.reshape(-1, 1), picked, c.experts)
+      score_NxTxE, bias = nn.softmax(logits), None
+    picked = self.recorded_or(choose(jax.lax.stop_gradient(score_NxTxE), bias, c))
+    gate = gates(score_NxTxE, picked, c)
+    picked = jnp.where(valid_NxT[..., None], picked, c.experts)
 
     shape, axes = (c.experts, c.width, c.expert_ff), ('experts', 'expert_rows', 'expert_columns')
     w_gate, w_up = weight(self, 'gate', shape, axes), weight(self, 'up', shape, axes)
     w_down = weight(self, 'down', (c.experts, c.expert_ff, c.width), axes)
-    weights, by_token = (w_gate, w_up, w_down), (*x_NxTxD.shape[:2], c.top_k)
+    compute = experts_of(c.expert_path, self.layout.platform if self.layout else jax.default_backend())
     if self.layout and self.layout.mesh.size > 1:
-      y, load = expert_parallel.sharded(
-        self.layout, experts_of(c.expert_path, self.layout.platform),
-        x_NxTxD, *(place(self, a.reshape(by_token), 'batch', 'places', None) for a in (picked, gate)), *weights)
+      picked, gate = (place(self, a, 'batch', 'places', None) for a in (picked, gate))
+      y, load = expert_parallel.sharded(self.layout, compute, x_NxTxD, picked, gate, w_gate, w_up, w_down)
     else:
-      y = experts(flat, picked, gate, *weights, c.expert_path).reshape(x_NxTxD.shape)
+      flat = (a.reshape(-1, a.shape[-1]) for a in (x_NxTxD, picked, gate))
+      y = compute(*flat, w_gate, w_up, w_down).reshape(x_NxTxD.shape)
       load = jnp.bincount(picked.reshape(-1), length=c.experts + 1)[:-1].astype(jnp.float32)
     if c.shared_experts:
       y = y + SwiGLU(c, c.shared_experts * c.expert_ff, self.layout, name='shared')(x_NxTxD)
-    score = score_NxE.reshape(*x_NxTxD.shape[:2], c.experts)
-    return y, RouterStats(load_E=load, balance=balance_loss(score, valid_NxT, c))
+    return y, RouterStats(load_E=load, balance=balance_loss(score_NxTxE, valid_NxT, c))
+
+  def recorded_or(self, picked_NxTxK: jax.Array) -> jax.Array:
+    """The picks that are used: those of the collection `picks`, where it is given and holds one (-1: none).
+
+    A collection that can be written to is filled instead. So `apply(…, mutable=['picks'])` records where every token
+    went, int16 [N, T, K] a layer, and `apply({…, 'picks': recorded}, …)` sends it there again. Only the choice is
+    replayed: gates are computed anew, so gradients flow through them; the selection bias, which acts on the choice
+    alone, is idle for replayed tokens.
+    """
+    if self.is_mutable_collection('picks') and not self.is_initializing():
+      self.put_variable('picks', 'experts', picked_NxTxK.astype(jnp.int16))
+    elif self.has_variable('picks', 'experts'):
+      recorded = self.get_variable('picks', 'experts').astype(picked_NxTxK.dtype)
+      picked_NxTxK = jnp.where(recorded >= 0, recorded, picked_NxTxK)
+    return picked_NxTxK

@@ -71,7 +71,7 @@ def rematerialised(config: ModelConfig) -> type[nn.Module]:
 def stack(config: ModelConfig, moe: bool, layers: int, name: str, layout: Layout | None) -> nn.Module:
   """`layers` blocks whose weights have a leading layer axis; one block is compiled whatever the depth."""
   block = rematerialised(config)
-  shared = dict(variable_axes={'params': 0, 'router': 0}, split_rngs={'params': True}, length=layers,
+  shared = dict(variable_axes={'params': 0, 'router': 0, 'picks': 0}, split_rngs={'params': True}, length=layers,
                 metadata_params={nn.PARTITION_NAME: 'layers'})
   return nn.scan(block, methods={
     '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),

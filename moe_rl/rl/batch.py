@@ -12,7 +12,10 @@ class PackedBatch:
   """M microbatches of R rows of T tokens, [M, R, T] each. Values at t belong to the token at t as a prediction.
 
   ids, positions, segments: int32 as the model takes them, segment 0 is padding; weight: float32, the token's share in
-  the step's mean, 0 on prompts and padding; advantage: float32; logp: float32, nats, under the weights that sampled.
+  the step's mean, 0 on prompts and padding; advantage: float32; logp: float32, nats, the old log-prob: under the
+  weights that sampled, as the sampler or the trainer computed it; picks: int16 [M, R, T, moe layers, K], experts that
+  the sampler picked, -1 where the model picks anew, None where nothing is replayed; importance: float32, factor of the
+  policy's loss for the gap between sampler and trainer, None for 1.
   """
 
   ids: jax.Array
@@ -21,25 +24,31 @@ class PackedBatch:
   weight: jax.Array
   advantage: jax.Array
   logp: jax.Array
+  picks: jax.Array | None = None
+  importance: jax.Array | None = None
 
 
 def pack(rollout: Rollout, advantage_BxG, weight_BxG, *, row_tokens: int, microbatch_rows: int):
   """(PackedBatch, microbatches in use): every sample whole, longest first, into the first row with room.
 
-  rollout: of numpy arrays; weight_BxG: a token's weight by sample. M is that of one sample a row, so shapes depend
-  on B and G only; microbatches past those in use are empty. Raises ValueError if a sample is longer than a row.
+  rollout: of numpy arrays; weight_BxG: a token's weight by sample, 0 for samples that are left out of the batch. M is
+  that of one sample a row, so shapes depend on B and G only; microbatches past those in use are empty.
+  Raises ValueError if a sample is longer than a row.
   """
   batch, group = rollout.length_BxG.shape
   lengths = (rollout.prompt_length_B[:, None] + rollout.length_BxG).reshape(-1)
   if lengths.max() > row_tokens:
     raise ValueError(f'a sample of {lengths.max()} tokens does not fit a row of {row_tokens}: raise rl.row_tokens')
-  row_of, start_of, rows = place(lengths, row_tokens)
+  kept = np.flatnonzero(np.reshape(weight_BxG, -1))
+  row_of, start_of, rows = place(lengths[kept], row_tokens)
   microbatches = -(-batch * group // microbatch_rows)
   shape = (microbatches * microbatch_rows, row_tokens)
   out = {name: np.zeros(shape, np.int32) for name in ('ids', 'positions', 'segments')}
   out |= {name: np.zeros(shape, np.float32) for name in ('weight', 'advantage', 'logp')}
+  if rollout.picks_BxGxSxLxK is not None:
+    out['picks'] = np.full((*shape, *rollout.picks_BxGxSxLxK.shape[-2:]), -1, np.int16)
   segment = np.zeros(shape[0], np.int32)
-  for n, (row, start) in enumerate(zip(row_of, start_of, strict=True)):
+  for n, row, start in zip(kept, row_of, start_of, strict=True):
     b, g = divmod(n, group)
     p, r = rollout.prompt_length_B[b], rollout.length_BxG[b, g]
     segment[row] += 1
@@ -51,7 +60,10 @@ def pack(rollout: Rollout, advantage_BxG, weight_BxG, *, row_tokens: int, microb
     out['weight'][row, answer] = weight_BxG[b, g]
     out['advantage'][row, answer] = advantage_BxG[b, g]
     out['logp'][row, answer] = rollout.logp_BxGxS[b, g, :r]
-  packed = {k: v.reshape(microbatches, microbatch_rows, row_tokens) for k, v in out.items()}
+    if 'picks' in out:
+      out['picks'][row, start:start + p] = rollout.prompt_picks_BxPxLxK[b, :p]
+      out['picks'][row, answer] = rollout.picks_BxGxSxLxK[b, g, :r]
+  packed = {k: v.reshape(microbatches, microbatch_rows, *v.shape[1:]) for k, v in out.items()}
   return PackedBatch(**packed), -(-rows // microbatch_rows)
 
 

@@ -18,6 +18,11 @@ class Rollout:
   included; logp_BxGxS: float32, nats, log-prob of each id under the (tempered, truncated, renormalised) distribution
   that it was drawn from, 0 after the end; length_BxG: int32, tokens of the response; stopped_BxG: bool, it ended by
   itself (False: cut at S tokens); problem_B: int32, the ids that addressed the randomness.
+
+  prompt_picks_BxPxLxK, picks_BxGxSxLxK: int16, the experts that the prompt's and the response's tokens were sent to, by
+  MoE layer, -1 for tokens that the sampler never read: those after the end, and the last one, which nothing follows.
+  None unless asked for: they take 2 B a token, MoE layer and pick, 928 B a token at V3's sizes (58 layers, 8 picks),
+  which is 30 MB for an answer of 32,768 tokens, as much again in the packed batch.
   """
 
   prompt_BxP: jax.Array
@@ -27,6 +32,8 @@ class Rollout:
   length_BxG: jax.Array
   stopped_BxG: jax.Array
   problem_B: jax.Array
+  prompt_picks_BxPxLxK: jax.Array | None = None
+  picks_BxGxSxLxK: jax.Array | None = None
 
 
 def row_keys(key: jax.Array, problem_B: jax.Array, group: int) -> jax.Array:
@@ -46,13 +53,21 @@ def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
 
 
 def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
-                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, record_picks: bool = False):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
-  rows have ended, each at the first eos_id, of which there may be several.
+  rows have ended, each at the first eos_id, of which there may be several. record_picks: the rollout says which
+  experts each token went to.
   """
   model = net.config
+
+  def apply(variables, *args, **kwargs):
+    """(output, picks [moe layers, B, tokens, K] or None)."""
+    if not record_picks:
+      return net.apply(variables, *args, **kwargs), None
+    out, seen = net.apply(variables, *args, mutable=['picks'], **kwargs)
+    return out, seen['picks']['moe']['ff']['experts']
 
   def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
     batch, length = prompt_BxP.shape
@@ -69,7 +84,7 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
     with jax.named_scope('prefill'):
       positions = jnp.broadcast_to(jnp.arange(length), prompt_BxP.shape)
       segments = (positions < prompt_length_B[:, None]).astype(jnp.int32)
-      out = net.apply(variables, prompt_BxP, positions, segments, with_cells=True)
+      out, prompt_picks = apply(variables, prompt_BxP, positions, segments, with_cells=True)
       last = jnp.take_along_axis(out.hidden_NxTxD, (prompt_length_B - 1)[:, None, None], axis=1)
       own = place(net, jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype),
                   None, 'batch', 'places', None, None)
@@ -79,25 +94,33 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
 
     response = jnp.zeros((batch, group, max_new), jnp.int32).at[:, :, 0].set(token)
     logps = jnp.zeros((batch, group, max_new), jnp.float32).at[:, :, 0].set(logp)
+    if record_picks:
+      prompt_picks = jnp.moveaxis(prompt_picks, 0, 2)
+    picks = jnp.full((batch, group, max_new, *prompt_picks.shape[2:]), -1, jnp.int16) if record_picks else None
 
     def going_on(carry):
       t, _, stopped, *_ = carry
       return (t < max_new) & ~stopped.all()
 
     def step(carry):
-      t, token, stopped, cache, response, logps = carry
-      hidden, cache = net.apply(variables, token, cache, method=net.decode)
+      t, token, stopped, cache, response, logps, picks = carry
+      (hidden, cache), read = apply(variables, token, cache, method=net.decode)
       token, logp = choose(t, hidden)
       token, logp = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logp)
       response = jax.lax.dynamic_update_slice_in_dim(response, token[..., None], t, axis=2)
       logps = jax.lax.dynamic_update_slice_in_dim(logps, logp[..., None], t, axis=2)
-      return t + 1, token, stopped | ends(token), cache, response, logps
+      if record_picks:  # of the token before this one, which the model has just read
+        picks = jax.lax.dynamic_update_slice_in_dim(picks, jnp.moveaxis(read, 0, 2)[:, :, None], t - 1, axis=2)
+      return t + 1, token, stopped | ends(token), cache, response, logps, picks
 
     with jax.named_scope('decode'):
-      carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps)
-      _, _, stopped, _, response, logps = jax.lax.while_loop(going_on, step, carry)
+      carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps, picks)
+      _, _, stopped, _, response, logps, picks = jax.lax.while_loop(going_on, step, carry)
     ended = ends(response)
     length_BxG = jnp.where(stopped, jnp.argmax(ended, axis=-1) + 1, max_new).astype(jnp.int32)
-    return Rollout(prompt_BxP, prompt_length_B, response, logps, length_BxG, stopped, problem_B)
+    if record_picks:  # the last token is read only where another row goes on
+      prompt_picks = jnp.where(segments[..., None, None] > 0, prompt_picks, -1)
+      picks = jnp.where((jnp.arange(max_new) < length_BxG[..., None] - 1)[..., None, None], picks, -1)
+    return Rollout(prompt_BxP, prompt_length_B, response, logps, length_BxG, stopped, problem_B, prompt_picks, picks)
 
   return sample

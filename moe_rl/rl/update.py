@@ -1,4 +1,4 @@
-"""The GRPO update: one jitted function, state in, state out."""
+"""The policy update: one jitted function, state in, state out; and the trainer's log-probs before the first one."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,19 @@ from moe_rl.models.moe import move_bias, router_metrics
 from moe_rl.models.transformer import Transformer, for_compute, whole_vocabulary
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch
+from moe_rl.rl.objectives import chosen
 from moe_rl.runtime.state import TrainState
 
 
 def score(net: Transformer, variables: dict, batch: PackedBatch, sampling: dict):
   """Log-probs and entropies (nats, float32 [R, T], 0 at t = 0) of a microbatch's tokens, and expert loads [L, E].
 
-  The same module, temperature and support as the sampler's; this is the trainer's side of the comparison.
+  The same module, temperature and support as the sampler's; this is the trainer's side of the comparison. Where the
+  batch has the sampler's picks, its tokens go to those experts.
   """
-  variables = variables | {'params': whole_vocabulary(net, for_compute(net.config, variables['params']))}
+  variables = {**variables, 'params': whole_vocabulary(net, for_compute(net.config, variables['params']))}
+  if batch.picks is not None:
+    variables['picks'] = {'moe': {'ff': {'experts': jnp.moveaxis(batch.picks, 2, 0)}}}
   out = net.apply(variables, batch.ids, batch.positions, batch.segments)
   logp, entropy = token_logprobs(lambda h: net.apply(variables, h, method=net.logits),
                                  out.hidden_NxTxD[:, :-1], batch.ids[:, 1:], layout=net.layout, **sampling)
@@ -25,27 +29,58 @@ def score(net: Transformer, variables: dict, batch: PackedBatch, sampling: dict)
   return *(jnp.pad(x, ((0, 0), (1, 0))) for x in (logp, entropy)), load
 
 
+def make_scoring(net: Transformer, c, sampling: dict):
+  """(variables, batch, microbatches in use) -> (batch, metrics): the trainer's log-probs in place of the sampler's.
+
+  variables: the weights that sampled; so this comes before the first update on a rollout. The importance weights
+  between the two, as c (config.rl) names them, go with the batch. Metrics: the gap between the two as
+  `make_grpo_update` has it; importance: the mean weight of a token; importance_cut: the share of tokens whose weight
+  was cut or masked.
+  """
+  def scoring(variables: dict, batch: PackedBatch, microbatches: jax.Array):
+    def one(i, logp):
+      own, _, _ = score(net, variables, jax.tree.map(lambda x: x[i], batch), sampling)
+      return logp.at[i].set(own)
+    logp = jax.lax.fori_loop(0, microbatches, one, jnp.zeros_like(batch.logp))
+    answer = batch.weight > 0
+    logp = jnp.where(answer, logp, 0.0)
+    tokens = jnp.maximum(answer.sum(), 1)
+    gap = jnp.abs(logp - batch.logp)  # both are 0 elsewhere
+    metrics = {'sampler_gap': gap.max(), 'sampler_gap_mean': gap.sum() / tokens}
+    importance = None
+    if c.importance != 'none':
+      rows = [x.reshape(-1, x.shape[-1]) for x in (logp, batch.logp, answer, batch.segments)]
+      importance = grpo.importance_weights(*rows, c.importance, *c.importance_range).reshape(logp.shape)
+      plain = jnp.exp(grpo.log_ratio(logp, batch.logp))
+      metrics |= {'importance': (importance * answer).sum() / tokens,
+                  'importance_cut': ((importance != plain) & answer).sum() / tokens}
+    return batch.replace(logp=logp, importance=importance), metrics
+  return scoring
+
+
 def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict):
   """(state, batch, microbatches in use) -> (state, metrics): one optimizer step; c is config.rl.
 
-  Loss = sum_t weight_t (policy_t + kl_weight k3_t). Only microbatches in use are computed, by a loop whose length is
-  data, so that shapes never change. sampling: temperature, top_k, top_p of the rollout.
+  Loss = sum_t weight_t (policy_t + kl_weight KL_t), both as the objective has them. Only microbatches in use are
+  computed, by a loop whose length is data, so that shapes never change. sampling: temperature, top_k, top_p of the
+  rollout. Replayed picks are the policy's alone: the reference goes its own ways, as that is the policy it stands for.
+  The router bias (rate c.bias_rate, 0: frozen) moves by the loads seen here, replayed ones included; where picks are
+  replayed it acts in the sampler only.
   """
+  objective = chosen(c)
+
   def loss_and_sums(params, state: TrainState, batch: PackedBatch):
     logp, entropy, load = score(net, {'params': params, 'router': state.router}, batch, sampling)
+    reference = None
+    if objective.kl_weight:
+      reference, _, _ = score(net, {'params': state.reference, 'router': state.router},
+                              batch.replace(picks=None), sampling)
+    loss, sums = grpo.loss(objective, logp, reference, batch)
     token = (batch.weight > 0).astype(jnp.float32)
-    policy = grpo.policy_loss(logp, batch.logp, batch.advantage, c.clip_low, c.clip_high)
-    loss = (batch.weight * policy).sum()
     gap = jnp.abs(logp - batch.logp) * token
-    sums = {
+    sums |= {
       'tokens': token.sum(), 'entropy': (entropy * token).sum(), 'ratio': (jnp.exp(logp - batch.logp) * token).sum(),
-      'clipped': (grpo.clipped(logp, batch.logp, batch.advantage, c.clip_low, c.clip_high) * token).sum(),
       'gap': gap.sum()}
-    if c.kl_weight:
-      reference, _, _ = score(net, {'params': state.reference, 'router': state.router}, batch, sampling)
-      kl = grpo.kl_k3(logp, reference)
-      loss = loss + c.kl_weight * (batch.weight * kl).sum()
-      sums['kl'] = (kl * token).sum()
     return loss, (sums | {'loss': loss}, {'gap': gap.max()}, load)
 
   def update(state: TrainState, batch: PackedBatch, microbatches: jax.Array):

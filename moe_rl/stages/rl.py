@@ -1,6 +1,7 @@
 """RL with rule-based rewards: R1-Zero, and the reasoning stage of R1. One step, in order:
 
-prompts -> sample -> grade -> advantages -> pack -> update -> log, evaluate, save.
+prompts -> sample -> grade (-> sample again, where too few groups differ) -> advantages -> pack -> update -> log,
+evaluate, save.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ from moe_rl.data.pipeline import batches
 from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.models.transformer import Transformer
-from moe_rl.rl import grpo
+from moe_rl.rl import grpo, objectives
 from moe_rl.rl.batch import PackedBatch, pack
+from moe_rl.rl.rewards import terms
 from moe_rl.rl.rewards.pool import Item, RewardPool, count_verdicts
 from moe_rl.rl.sampler import Rollout, make_sampler
-from moe_rl.rl.update import make_grpo_update
+from moe_rl.rl.update import make_grpo_update, make_scoring
 from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.programs import Program
@@ -35,7 +37,7 @@ TRANSCRIPTS_EVERY = 5  # steps
 
 
 class RL:
-  """The stage's pieces, made once: model, optimizer, jitted sampler, evaluator and update.
+  """The stage's pieces, made once: model, objective, optimizer, jitted sampler, evaluator, scoring and update.
 
   config: with its lengths known (`config.with_lengths`).
   """
@@ -45,8 +47,10 @@ class RL:
     r, s, e = config.rl, config.sampling, config.eval
     self.model = dataclasses.replace(configs.model_config(config), mtp_layers=0)  # it plays no part in RL
     self.tokenizer = load_tokenizer(config.tokenizer)
+    self.objective = objectives.chosen(r)
+    self.reference = self.objective.kl_weight > 0
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
-    start = Start(config, self.model, self.optimizer, mesh, reference=r.kl_weight > 0)
+    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference)
     self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     by_row, whole = meshes.rows(mesh), meshes.everywhere(mesh)
     self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
@@ -60,13 +64,17 @@ class RL:
       sample = make_sampler(Transformer(self.model, meshes.Layout(mesh, 'sampling')), max_new=s.max_new_tokens,
                             eos_id=self.tokenizer.eos_ids, **kwargs)
       return jax.jit(sample, in_shardings=(placed, by_row, by_row, by_row, whole), out_shardings=by_row)
-    self.rollout = jit_sampler(group=r.group_size, **self.sampling)
+    self.rollout = jit_sampler(group=r.group_size, record_picks=r.replay_routing, **self.sampling)
     self.evaluation = jit_sampler(group=e.samples, temperature=e.temperature, top_p=e.top_p)
     self.eval_prompts = configs.eval_prompts_per_batch(config)
-    net = Transformer(self.model, meshes.Layout(mesh))
+    net, by_microbatch = Transformer(self.model, meshes.Layout(mesh)), meshes.rows(mesh, leading=1)
+    trained = {'params': self.shardings.params, 'router': self.shardings.router}
+    self.score = None if r.old_logp == 'sampler' else jax.jit(
+      make_scoring(net, r, self.sampling), in_shardings=(trained, by_microbatch, whole),
+      out_shardings=(by_microbatch, whole))
     self.update = jax.jit(
       make_grpo_update(net, self.optimizer, r, self.sampling), donate_argnums=0,
-      in_shardings=(self.shardings, meshes.rows(mesh, leading=1), whole), out_shardings=(self.shardings, whole))
+      in_shardings=(self.shardings, by_microbatch, whole), out_shardings=(self.shardings, whole))
 
   def sample(self, variables, *prompts):
     """Completions of a step's prompts by the trained weights."""
@@ -77,6 +85,7 @@ class RL:
 
   def programs(self) -> list[Program]:
     r, s = self.config.rl, self.config.sampling
+    variables = {'params': self.abstract.params, 'router': self.abstract.router}
 
     def array(shape, dtype, leading=0):
       return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.rows(self.mesh, leading))
@@ -87,18 +96,96 @@ class RL:
     samples = r.prompts_per_step // r.minibatches * r.group_size
     shape = (-(-samples // r.microbatch_rows), r.microbatch_rows, r.row_tokens)
     ints, floats = (array(shape, d, leading=1) for d in (jnp.int32, jnp.float32))
+    picks = array((*shape, self.model.moe_layers, self.model.top_k), jnp.int16, leading=1)
+    batch = PackedBatch(ints, ints, ints, floats, floats, floats, picks if r.replay_routing else None)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    scored = batch if r.importance == 'none' else batch.replace(importance=floats)
     return [
       self.start.program(),
-      *([Program('weights to sampler', self.relayout, (
-        {'params': self.abstract.params, 'router': self.abstract.router},))] if self.mesh.size > 1 else []),
+      *([Program('weights to sampler', self.relayout, (variables,))] if self.mesh.size > 1 else []),
       Program('rollout', self.rollout, sampler_arguments(r.prompts_per_step)),
       Program('evaluation', self.evaluation, sampler_arguments(self.eval_prompts)),
-      Program('GRPO update', self.update, (
-        self.abstract, PackedBatch(ints, ints, ints, floats, floats, floats), jax.ShapeDtypeStruct((), jnp.int32)))]
+      *([Program('scoring', self.score, (variables, batch, count))] if self.score else []),
+      Program('GRPO update', self.update, (self.abstract, scored, count))]
 
   def initial_state(self):
     """Random weights, or those of config.init_from. Raises ValueError before any compile where they do not fit."""
     return self.start.state()
+
+  def learn(self, state, rollout: Rollout, reward_BxG: np.ndarray, readable_BxG: np.ndarray):
+    """(state, metrics) after all updates on a rollout of numpy arrays; it is not changed.
+
+    readable_BxG: bool; samples whose reference cannot be read are left out of the loss. Metrics are the last update's,
+    but for the gap between sampler and trainer, which is taken at the weights that sampled: by the scoring, or else in
+    the first update.
+    """
+    r, o = self.config.rl, self.objective
+    kept = (rollout.stopped_BxG | (not o.overlong_filter)) & readable_BxG
+    advantage = grpo.advantages(o.advantage, reward_BxG, rollout.length_BxG * kept)
+    parts = np.split(np.arange(len(reward_BxG)), r.minibatches)
+
+    def packed(part) -> tuple[PackedBatch, np.int32]:
+      share, shape = jax.tree.map(lambda x: x[part], rollout), (len(part), r.group_size)
+      weight = grpo.token_weights(share.length_BxG.reshape(-1), o.loss_denominator,
+                                  self.config.sampling.max_new_tokens, kept[part].reshape(-1))
+      batch, used = pack(share, advantage[part], weight.reshape(shape), row_tokens=r.row_tokens,
+                         microbatch_rows=r.microbatch_rows)
+      return batch, np.int32(used)
+
+    at_first, scored = {}, []
+    if self.score:  # before the first update, and kept on the devices for all epochs
+      for batch, used in map(packed, parts):
+        batch, found = self.score(state.variables, batch, used)
+        scored.append((batch, used, found))
+      found = jax.tree.map(lambda *x: np.array(x), *[jax.device_get(found) for *_, found in scored])
+      at_first = {k: v.max() if k == 'sampler_gap' else v.mean() for k, v in found.items()}
+    for n in range(r.minibatches * r.epochs):
+      i = n % r.minibatches
+      batch, used = scored[i][:2] if scored else packed(parts[i])
+      state, metrics = self.update(state, batch, used)
+      if not at_first:  # later minibatches have moved away from the weights that sampled
+        at_first = {k: metrics[k] for k in ('sampler_gap', 'sampler_gap_mean')}
+    return state, jax.device_get(metrics | at_first)
+
+  def treated(self, groups: 'Groups', chosen: np.ndarray) -> dict[str, int]:
+    """What of a step's samples the update did not see, by the rule that left it out; nothing where no rule is on.
+
+    chosen: the groups that are trained on.
+    """
+    o, out = self.objective, {}
+    if o.refill_rounds:
+      tied = grpo.tied_groups(groups.reward)
+      out |= {'treated/rounds': groups.rounds, 'treated/tied_groups_used': int(tied[chosen].sum()),
+              'treated/unused_samples': groups.reward.size - chosen.size * self.config.rl.group_size}
+    left_out = ~groups.readable[chosen]
+    if o.overlong_filter:
+      left_out |= ~groups.rollout.stopped_BxG[chosen]
+    if o.overlong_filter or left_out.any():
+      out['treated/left_out_samples'] = int(left_out.sum())
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """Sampled and graded groups: prompts, and texts by prompt; rollout: of numpy arrays; grades: prompts outer, samples
+  inner; scores: of each term of the reward, float32 [B, G]; reward: their weighted sum; readable: bool [B, G], False
+  where the reference cannot be read; rounds: how many samplings they came from."""
+
+  prompts: list
+  texts: list[list[str]]
+  rollout: Rollout
+  grades: list
+  scores: dict[str, np.ndarray]
+  reward: np.ndarray
+  readable: np.ndarray
+  rounds: int = 1
+
+  def __add__(self, other: 'Groups') -> 'Groups':
+    return Groups(self.prompts + other.prompts, self.texts + other.texts,
+                  jax.tree.map(lambda *x: np.concatenate(x), self.rollout, other.rollout), self.grades + other.grades,
+                  {k: np.concatenate([g.scores[k] for g in (self, other)]) for k in self.scores},
+                  *(np.concatenate([getattr(g, k) for g in (self, other)]) for k in ('reward', 'readable')),
+                  self.rounds + other.rounds)
 
 
 def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> tuple[Rollout, list[list[str]]]:
@@ -114,9 +201,9 @@ def sample_prompts(run_sampler, state, tokenizer, prompts, width: int, key) -> t
   return rollout, texts
 
 
-def grade(pool: RewardPool, prompts, texts):
-  """Grades in order, prompts outer, samples inner."""
-  return pool.grade([Item(p.problem.kind, t, p.problem.reference)
+def grade(pool: RewardPool, prompts, texts, weighted: tuple[terms.Term, ...] = ()):
+  """Grades in order, prompts outer, samples inner; with the scores of those weighted terms that read the text."""
+  return pool.grade([Item(p.problem.kind, t, p.problem.reference, terms.for_workers(weighted, p.problem.question))
                      for p, ts in zip(prompts, texts, strict=True) for t in ts])
 
 
@@ -140,10 +227,11 @@ def run(config, workdir, mesh) -> dict:
   else:
     step = 0
     host = {'first': None, 'last': None, 'verdicts': {}, 'samples': 0, 'seconds': 0.0,
-            'sampler_trainer_gap': 0.0, 'sampler_trainer_gap_mean': 0.0}
+            'unused_samples': 0, 'left_out_samples': 0, 'sampler_trainer_gap': 0.0, 'sampler_trainer_gap_mean': 0.0}
   print('\n'.join(prompts.notes), flush=True)
   started, spent, clock, compiles = time.time(), host['seconds'], Clock(), CompileCounter()
   bar = tqdm.tqdm(total=r.steps, initial=step, unit='step', disable=not folder.main, mininterval=1)
+  weighted = terms.parse(config.rewards.weights)
 
   with RewardPool(config.rewards.workers, config.rewards.timeout_s, config.rewards.memory_mb) as pool:
     def assess(step) -> Evaluation:
@@ -156,47 +244,56 @@ def run(config, workdir, mesh) -> dict:
       bar.write(f'step {step}: held-out {result}')
       return result
 
+    def sample_and_grade(step, again) -> Groups:
+      """The next prompts_per_step prompts; `again` counts the step's further rounds, whose noise has addresses of its
+      own, as a small data set may ask the same once more."""
+      batch = next(data)
+      with clock('rollout'):
+        rollout, texts = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens,
+                                        key_for(config.seed, 'rollout', step, *[again] if again else []))
+      with clock('reward'):
+        grades = grade(pool, batch, texts, weighted)
+        rewards = terms.rewards(weighted, grades, rollout.length_BxG, s.max_new_tokens)
+      return Groups(batch, texts, rollout, grades, rewards.scores, rewards.reward, rewards.kept)
+
+    def collect(step) -> Groups:
+      """Groups until prompts_per_step of them differ in reward, in at most 1 + refill_rounds rounds."""
+      groups = sample_and_grade(step, 0)
+      for again in range(1, 1 + stage.objective.refill_rounds):
+        if (~grpo.tied_groups(groups.reward)).sum() >= r.prompts_per_step:
+          break
+        groups += sample_and_grade(step, again)
+      return groups
+
     if not host['first']:
       host['first'] = host['last'] = {'step': step, **assess(step).record()}
     last = step == r.steps or folder.stop_requested
     while not last:
-      batch = next(data)
-      with clock('rollout'):
-        rollout, texts = sample_prompts(stage.sample, state, stage.tokenizer, batch, s.max_prompt_tokens,
-                                        key_for(config.seed, 'rollout', step))
-      with clock('reward'):
-        grades = grade(pool, batch, texts)
-      shape = rollout.length_BxG.shape
-      accuracy = np.array([g.accuracy for g in grades], np.float32).reshape(shape)
-      form = np.array([g.format for g in grades], np.float32).reshape(shape)
-      reward = config.rewards.accuracy_weight * accuracy + config.rewards.format_weight * form
-      advantage = grpo.group_advantage(reward, scale_by_std=r.scale_by_std)
-
+      groups = collect(step)
+      rollout, reward, tied = groups.rollout, groups.reward, grpo.tied_groups(groups.reward)
+      chosen = grpo.fill(tied, r.prompts_per_step)
+      learnt_from = jax.tree.map(lambda x, chosen=chosen: x[chosen], rollout)
       with clock('update'):
-        for n, part in enumerate(list(np.split(np.arange(shape[0]), r.minibatches)) * r.epochs):
-          share = jax.tree.map(lambda x, part=part: x[part], rollout)
-          weight = grpo.token_weights(share.length_BxG.reshape(-1), r.loss_denominator, s.max_new_tokens)
-          packed, microbatches = pack(share, advantage[part], weight.reshape(share.length_BxG.shape),
-                                      row_tokens=r.row_tokens, microbatch_rows=r.microbatch_rows)
-          state, metrics = stage.update(state, packed, np.int32(microbatches))
-          if n == 0:  # later minibatches have moved away from the weights that sampled
-            gap = {k: metrics[k] for k in ('sampler_gap', 'sampler_gap_mean')}
-        metrics = jax.device_get(metrics | gap)
+        state, metrics = stage.learn(state, learnt_from, reward[chosen], groups.readable[chosen])
         for key, metric in (('sampler_trainer_gap', 'sampler_gap'), ('sampler_trainer_gap_mean', 'sampler_gap_mean')):
           host[key] = max(host[key], float(metrics[metric]))  # of any one token; of a step's mean over tokens
       step += 1
       if not np.isfinite(metrics['loss']):
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
                                  'is whole. Lower optim.lr and start again in another workdir')
-      if r.kl_weight and r.reference_every and step % r.reference_every == 0:
+      if stage.reference and r.reference_every and step % r.reference_every == 0:
         state = state.replace(reference=copied(state.params))
 
-      verdicts = count_verdicts(grades)
+      verdicts = count_verdicts(groups.grades)
       host['verdicts'] = {k: host['verdicts'].get(k, 0) + v for k, v in verdicts.items()}
-      host['samples'] += len(grades)
+      host['samples'] += len(groups.grades)
+      treated = stage.treated(groups, chosen)
+      for key in ('unused_samples', 'left_out_samples'):
+        host[key] += treated.get(f'treated/{key}', 0)
+      accuracy, form = (groups.scores[k] for k in (terms.ACCURACY, terms.FORMAT))  # of all samples, used or not
       numbers = {
-        'reward/mean': reward.mean(), 'reward/accuracy': accuracy.mean(), 'reward/format': form.mean(),
-        'reward/tied_groups': grpo.tied_groups(reward).mean(), 'length/prompt': rollout.prompt_length_B.mean(),
+        'reward/mean': reward.mean(), **{f'reward/{k.replace(":", "_")}': v.mean() for k, v in groups.scores.items()},
+        'reward/tied_groups': tied.mean(), **treated, 'length/prompt': rollout.prompt_length_B.mean(),
         'length/mean': rollout.length_BxG.mean(),
         'length/max': rollout.length_BxG.max(), 'length/truncated': 1 - rollout.stopped_BxG.mean(),
         'sample_crc': zlib.crc32(rollout.response_BxGxS.tobytes()),  # tells equal samples from others
@@ -207,7 +304,7 @@ def run(config, workdir, mesh) -> dict:
       folder.histogram(step, 'length/tokens', rollout.length_BxG)
       folder.histogram(step, 'reward/samples', reward)
       if step % TRANSCRIPTS_EVERY == 0:
-        folder.text(step, 'transcripts', transcripts(batch, texts, reward))
+        folder.text(step, 'transcripts', transcripts(groups.prompts, groups.texts, reward))
       bar.update()
       bar.set_postfix_str(f'acc {accuracy.mean():.2f} fmt {form.mean():.2f} len {rollout.length_BxG.mean():.1f} '
                           f'{rate:,.0f} tok/s')
@@ -218,8 +315,8 @@ def run(config, workdir, mesh) -> dict:
         host |= {'data': data.get_state(), 'seconds': spent + time.time() - started}
         folder.save(step, state, host)
   bar.close()
-  summary = {k: host[k] for k in ('first', 'last', 'verdicts', 'samples', 'sampler_trainer_gap',
-                                  'sampler_trainer_gap_mean', 'seconds')}
+  summary = {k: host[k] for k in ('first', 'last', 'verdicts', 'samples', 'unused_samples', 'left_out_samples',
+                                  'sampler_trainer_gap', 'sampler_trainer_gap_mean', 'seconds')}
   summary |= {'steps': step, 'complete': step == r.steps, 'prompts_left_out': prompts.left_out}
   folder.summary(summary)
   folder.close()

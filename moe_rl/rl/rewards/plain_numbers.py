@@ -31,8 +31,9 @@ _PLAIN = re.compile(
     r'(?:\\frac ?\{ ?(?P<num>\d+) ?\} ?\{ ?(?P<den>\d+) ?\}'
     r'|(?P<whole>\d{1,3}(?:,\d{3})+|\d+) ?/ ?(?P<under>\d+)'
     r'|(?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+))'
-    r'(?P<tail>(?: ?%| .*)?)', re.ASCII)
-_UNIT = re.compile(r'[A-Za-z]{2,}(?:[ /-][A-Za-z]{2,}){0,5}(?: ?\^ ?\{?[23]\}?)?')
+    r'(?P<tail>(?: ?[%$]|[ \u4e00-\u9fff].*)?)', re.ASCII)
+_UNIT = re.compile(r'[A-Za-z]{2,}(?:[ /-][A-Za-z]{2,}){0,5}(?: ?\^ ?\{?[23]\}?)?'
+                   r'|(?:(?![万亿千百十半分倍点又])[\u4e00-\u9fff]){1,6}')
 _MAYBE_SCALES = {'percent': fractions.Fraction(1, 100), 'dozen': fractions.Fraction(12)}
 _SCALES = {'hundred': 10**2, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
 # After a number these words make another number of it, so they are no units.
@@ -43,10 +44,16 @@ NOT_UNITS = frozenset(
         'eighths ninth ninths tenth tenths hundredth hundredths sin cos tan log ln exp infinity',
     ) for word in line.split()).union(_SCALES)
 
-_WRAPPED = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'))
+# Words before a bare answer that say nothing: `Thus x = 5`, `So we get (1, 2)`.
+_LEAD = re.compile(
+    r'(?:(?:so|thus|hence|therefore|finally|we|you|get|have|find|obtain|then|it|that|this|is|are|must be|equals|'
+    r'equal to|the (?:value|number|result|sum|total|solution|solutions|final answer|answer))\b[,:]?\s+)+',
+    re.IGNORECASE)
+_WRAPPED = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('`', '`'))
 _SPELLINGS = (
-    ('\u2212', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ','), ('\\!', ''), ('\\,', ' '), ('\\;', ' '),
-    ('\\ ', ' '), ('~', ' '), ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'), ('\\left', ''), ('\\right', ''),
+    ('\u2212', '-'), ('\\$', '$'), ('€', '$'), ('£', '$'), ('¥', '$'), ('\\%', '%'), ('{,}', ','), ('\\!', ''),
+    ('\\,', ' '), ('\\;', ' '), ('\\ ', ' '), ('~', ' '),
+    ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'), ('\\left', ''), ('\\right', ''),
 )
 TEXT_MACRO = re.compile(r'\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}')
 
@@ -62,6 +69,21 @@ def unbox(text: str) -> str:
     if depth == 0:
       return rest[:i].strip()
   return text
+
+
+def canonical_integer(text: str) -> str | None:
+  """`-0,012` -> `-12`, as text: no limit on digits, no conversion cost. None when it is not one integer."""
+  match = INTEGER.fullmatch(text.strip())
+  if match is None:
+    return None
+  digits = match[2].replace(',', '').lstrip('0') or '0'
+  return f'-{digits}' if match[1] == '-' and digits != '0' else digits
+
+
+def without_lead(text: str) -> str:
+  """The text without introducing words such as `So we get`."""
+  lead = _LEAD.match(text)
+  return text[lead.end():] if lead and lead.end() < len(text) else text
 
 
 def tidy(text: str) -> str:
@@ -89,11 +111,11 @@ def _magnitude(match: re.Match) -> fractions.Fraction | None:
 
 def _read_tail(tail: str) -> tuple[int, fractions.Fraction] | None:
   """What follows a number, as (certain factor, possible scale); None when it is no unit."""
-  if tail in ('', '%'):
-    return 1, fractions.Fraction(1, 100 if tail else 1)
+  if tail in ('', '%', '$'):
+    return 1, fractions.Fraction(1, 100 if tail == '%' else 1)
   if not _UNIT.fullmatch(tail):
     return None
-  words = re.findall('[A-Za-z]+', tail.lower())
+  words = re.findall('[A-Za-z]+', tail.lower()) or [tail]
   if NOT_UNITS.intersection(words[1:]) or words[0] in NOT_UNITS.difference(_SCALES):
     return None
   return _SCALES.get(words[0], 1), _MAYBE_SCALES.get(words[0], fractions.Fraction(1))

@@ -8,29 +8,21 @@ a process that holds jax, and nothing imports `__main__` again.
 
 import collections
 import dataclasses
-import json
-import os
 import selectors
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from moe_rl.rl.rewards import functions
+from moe_rl.rl.rewards import functions, verdicts
+from moe_rl.rl.rewards.process import START_S, Worker
 
-# Import of sympy and math-verify takes 2 s; ten times that on a loaded machine with a cold disk.
-_START_S = 60.0
+WORKERS, TIMEOUT_S, MEMORY_MB = 2, 5.0, 2048  # processes; seconds an item; MiB a worker
+
 # A start may be lost to a passing cause (killed for memory); three in a row are a fault of the machine.
 _MAX_FAILED_STARTS = 3
 # A chunk hides the round trip of its items (100 us), and is small, since all behind a hanging item wait.
 _MAX_CHUNK = 8
-# All results of a chunk take less than 1 kB; a worker that says more than this has lost its mind.
-_MAX_UNREAD_BYTES = 2**20
-# From the trainer's environment a worker gets these alone: no tokens, no proxies, no accelerator settings.
-_INHERITED = ('PATH', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH', 'LANG', 'LC_ALL', 'SYSTEMROOT')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,149 +32,55 @@ class Item:
   kind: a key of `functions.ACCURACY`.
   response: text the model wrote after the prompt; any string, also with NUL bytes or lone surrogates.
   reference: what the kind expects, see `functions.check_reference`.
+  terms: further terms of the reward that read the text, such as `language:en`, see `terms`.
   """
   kind: str
   response: str
   reference: str
+  terms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
   """What one response earned.
 
-  verdict: one of `functions.VERDICTS`.
+  verdict: one of `verdicts.VERDICTS`.
   accuracy: 1.0 if the verdict is correct, otherwise 0.0.
   format: 1.0 or 0.0, see `functions.format_reward`; known also when the answer's check timed out or crashed.
   seconds: wall time of the check.
+  scores: the item's further terms in its order; zeros if they could not be told in time.
   """
   verdict: str
   accuracy: float
   format: float
   seconds: float
+  scores: tuple[float, ...] = ()
 
 
 def count_verdicts(grades: Iterable[Grade]) -> dict[str, int]:
   """Number of grades by verdict, with a key for every verdict; the values add up to the number of grades."""
-  counts = dict.fromkeys(functions.VERDICTS, 0)
+  counts = dict.fromkeys(verdicts.VERDICTS, 0)
   for grade in grades:
     counts[grade.verdict] += 1
   return counts
 
 
-def worker_environment() -> dict[str, str]:
-  """Environment of a worker: where programs and modules are, and nothing else of the parent's."""
-  root = os.path.abspath(os.path.join(os.path.dirname(functions.__file__), *['..'] * 3))
-  paths = [root, *(path for path in sys.path if os.path.isabs(path))]  # it can import what the trainer can
-  return {
-      **{name: os.environ[name] for name in _INHERITED if name in os.environ},
-      'PYTHONPATH': os.pathsep.join(dict.fromkeys(paths)),
-      'PYTHONSAFEPATH': '1',  # never import from the working directory
-      'PYTHONHASHSEED': '0',  # sympy's order of terms, hence its running time, is the same in every run
-      'PYTHONUTF8': '1',
-      'HOME': tempfile.gettempdir(),
-      'OMP_NUM_THREADS': '1',
-      'OPENBLAS_NUM_THREADS': '1',
-  }
-
-
-class _Worker:
-  """One process, its pipes, and the items it owes.
-
-  owed: indices in the order sent; the first is in work.
-  since: when the present wait (for its start, its imports or the item in work) began, monotonic seconds.
-  """
-
-  def __init__(self, timeout_s: float, memory_mb: int):
-    self.ready = False
-    self.owed: collections.deque[int] = collections.deque()
-    self.inbox = b''
-    self.outbox = b''
-    self.timeout_s = timeout_s
-    self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed by kill()
-    command = [sys.executable, '-m', 'moe_rl.rl.rewards.worker', repr(timeout_s), str(memory_mb)]
-    try:
-      self.process = subprocess.Popen(
-          command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, cwd='/',
-          env=worker_environment(), start_new_session=True)
-    except OSError as error:
-      self.stderr.close()
-      raise RuntimeError(f'cannot start a reward worker ({command[0]}): {error}') from error
-    self.since = time.monotonic()
-    os.set_blocking(self.process.stdin.fileno(), False)
-    os.set_blocking(self.process.stdout.fileno(), False)
-
-  @property
-  def deadline(self) -> float | None:
-    """When it must have been heard of, monotonic seconds; None when it has nothing to do."""
-    if not self.ready:
-      return self.since + _START_S
-    return self.since + self.timeout_s if self.owed else None
-
-  def send(self, indices: Sequence[int], items: Sequence[Item]) -> None:
-    """Hands over a chunk; only to a ready worker that owes nothing."""
-    chunk = [(i, items[i].kind, items[i].response, items[i].reference) for i in indices]
-    self.owed.extend(indices)
-    self.outbox = json.dumps(chunk).encode('ascii') + b'\n'
-    self.since = time.monotonic()
-    self.flush()
-
-  def flush(self) -> None:
-    """Writes what the pipe takes. The item's clock starts when the worker can have read the chunk."""
-    try:
-      while self.outbox:
-        self.outbox = self.outbox[os.write(self.process.stdin.fileno(), self.outbox[:1 << 16]):]
-        self.since = time.monotonic()
-    except BlockingIOError:
-      pass
-    except BrokenPipeError:
-      self.outbox = b''  # it is dead: the end of its output says so, and is handled there
-
-  def receive(self) -> tuple[list[list], bool]:
-    """(new whole messages, whether its output has ended or makes no sense). Never blocks."""
-    ended = False
-    try:
-      while data := os.read(self.process.stdout.fileno(), 1 << 16):
-        self.inbox += data
-        if len(self.inbox) > _MAX_UNREAD_BYTES:
-          return [], True
-      ended = True
-    except BlockingIOError:
-      pass
-    *lines, self.inbox = self.inbox.split(b'\n')
-    try:
-      return [json.loads(line) for line in lines], ended
-    except ValueError:
-      return [], True
-
-  def stderr_tail(self) -> str:
-    """The last 2,000 bytes it wrote to stderr while starting."""
-    size = self.stderr.seek(0, os.SEEK_END)
-    self.stderr.seek(max(0, size - 2000))
-    return self.stderr.read().decode('utf-8', 'replace').strip()
-
-  def kill(self) -> None:
-    """Ends the process and all it may have started, and reaps it. May be called again."""
-    try:
-      os.killpg(self.process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # gone already; macOS refuses for a group of zombies
-      pass
-    self.process.wait()
-    for pipe in (self.process.stdin, self.process.stdout, self.stderr):
-      pipe.close()
-
-
 class _Batch:
   """The items of one call, what is still to be handed out, and the grades so far."""
 
-  def __init__(self, items: list[Item]):
+  def __init__(self, items: list[Item], tick: Callable[[], object] | None):
     self.items = items
+    self.tick = tick or (lambda: None)
     self.pending = collections.deque(range(len(items)))
     self.grades: list[Grade | None] = [None] * len(items)
+    self.scores: dict[int, tuple[float, ...]] = {}
     self.left = len(items)
 
   def settle(self, index: int, verdict: str, form: float, seconds: float) -> None:
-    self.grades[index] = Grade(verdict, float(verdict == functions.CORRECT), form, seconds)
+    scores = self.scores.get(index, (0.0,) * len(self.items[index].terms))
+    self.grades[index] = Grade(verdict, float(verdict == verdicts.CORRECT), form, seconds, scores)
     self.left -= 1
+    self.tick()
 
   def lose(self, index: int, verdict: str, seconds: float) -> None:
     """Settles an item whose worker is gone; the format needs no worker."""
@@ -196,7 +94,7 @@ class RewardPool:
   counted. memory_mb: address space of a worker, MiB. Raises ValueError for sizes that cannot work.
   """
 
-  def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_mb: int = 2048):
+  def __init__(self, workers: int = WORKERS, timeout_s: float = TIMEOUT_S, memory_mb: int = MEMORY_MB):
     if workers < 1:
       raise ValueError(f'a reward pool needs at least 1 worker, got workers={workers}')
     if not 0 < timeout_s < float('inf'):
@@ -204,7 +102,7 @@ class RewardPool:
     if memory_mb < 128:
       raise ValueError(f'memory_mb={memory_mb} is too small for math-verify (70 at rest): set 512 or more')
     self._workers, self._timeout_s, self._memory_mb = workers, timeout_s, memory_mb
-    self._team: list[_Worker] = []
+    self._team: list[Worker] = []
     self._failed_starts = 0
     self._closed = False
     self._lock = threading.Lock()  # two calls at once take turns
@@ -221,12 +119,13 @@ class RewardPool:
       self._closed = True
       self._stop()
 
-  def grade(self, items: Iterable[Item]) -> list[Grade]:
+  def grade(self, items: Iterable[Item], tick: Callable[[], object] | None = None) -> list[Grade]:
     """Grades in the order given. An item that hangs or kills its worker costs only itself.
 
+    tick: called once an item, as its grade is known, such as a progress bar's `update`.
     Raises ValueError for an unknown kind (before any work) and RuntimeError if workers cannot start.
     """
-    batch = _Batch(list(items))
+    batch = _Batch(list(items), tick)
     for item in batch.items:
       functions.check_kind(item.kind)
     with self._lock:
@@ -239,6 +138,24 @@ class RewardPool:
         raise
     return batch.grades
 
+  def check(self, pairs: Sequence[tuple[str, str]]) -> list[str | None]:
+    """For each (kind, reference): None if it can be graded against, otherwise why not, as one line for people.
+
+    What a rule cannot read in microseconds is read in a worker: it costs at most the time limit. Raises as `grade`.
+    """
+    for kind, _ in pairs:
+      functions.check_kind(kind)
+    slow = [pair for pair in dict.fromkeys(pairs) if not functions.ACCURACY[pair[0]].quick(pair[1])]
+    # An empty answer is graded no further than its reference.
+    grades = self.grade([Item(kind, '<answer></answer>', reference) for kind, reference in slow])
+    why: dict[tuple[str, str], str | None] = dict.fromkeys(slow)
+    for (kind, reference), grade in zip(slow, grades, strict=True):
+      if grade.verdict == verdicts.TIMEOUT:
+        why[kind, reference] = f'reference {reference[:80]!r} takes over {self._timeout_s:g} s to read'
+      elif grade.verdict != verdicts.UNPARSABLE_ANSWER:
+        why[kind, reference] = functions.complaint(kind, reference)
+    return [why[pair] if pair in why else functions.check_reference(*pair) for pair in pairs]
+
   def _stop(self) -> None:
     for worker in self._team:
       worker.kill()
@@ -249,7 +166,7 @@ class RewardPool:
       self._dismiss(worker)  # died while idle: costs nothing
     while batch.left:
       while batch.pending and len(self._team) < min(self._workers, batch.left):
-        self._team.append(_Worker(self._timeout_s, self._memory_mb))
+        self._team.append(Worker(self._timeout_s, self._memory_mb))
       self._hand_out(batch)
       self._wait()
       for worker in list(self._team):
@@ -274,7 +191,7 @@ class RewardPool:
         if key.data:
           key.data.flush()
 
-  def _hear(self, worker: _Worker, batch: _Batch) -> None:
+  def _hear(self, worker: Worker, batch: _Batch) -> None:
     """Takes in what a worker has said; then, and only then, judges whether it is dead or late."""
     messages, ended = worker.receive()
     for message in messages:
@@ -282,48 +199,70 @@ class RewardPool:
     if worker not in self._team:
       return
     if ended:
-      self._lost(worker, batch, functions.CRASH)
+      self._lose_item(worker, batch, verdicts.CRASH)
+      self._count_failed_start(worker)
+      self._dismiss(worker, batch)
     elif worker.deadline is not None and time.monotonic() >= worker.deadline:
-      self._lost(worker, batch, functions.TIMEOUT)
+      self._late(worker, batch)
 
-  def _take(self, worker: _Worker, message: list, batch: _Batch) -> None:
+  def _late(self, worker: Worker, batch: _Batch) -> None:
+    """The item in work pays, the others go back in line; a worker that is stuck in itself is replaced."""
+    if worker.ready:
+      self._lose_item(worker, batch, verdicts.TIMEOUT)
+      self._take_back(worker, batch)
+      worker.kill_child()
+    elif worker.killed:
+      self._dismiss(worker, batch)
+    else:
+      self._refuse(worker, f'not ready after {START_S:.0f} s')
+
+  def _take(self, worker: Worker, message: list, batch: _Batch) -> None:
     """One message, see the protocol in `worker`."""
     tag, *fields = message
+    if worker.killed and tag != 'ready':
+      return  # last words of a child that was killed
     worker.since = time.monotonic()
     if tag == 'ready':
-      worker.ready = True
+      worker.begin(fields[0])
       self._failed_starts = 0
-    elif tag == 'loading':
-      worker.ready = False
     elif tag == 'failed':
       self._refuse(worker, fields[0])
-    else:
-      index, verdict, form, seconds, leaving = fields
+    elif tag == 'scores':
+      batch.scores[fields[0]] = tuple(fields[1])
+    elif tag == 'result':
+      index, verdict, form, seconds = fields
       worker.owed.remove(index)
       batch.settle(index, verdict, form, seconds)
-      if leaving:
-        self._dismiss(worker, batch)
+    else:  # this child works no more: 'loading', 'leaving' or 'died'
+      if tag == 'died':
+        self._lose_item(worker, batch, verdicts.CRASH)
+      self._take_back(worker, batch)
+      worker.pause()
 
-  def _lost(self, worker: _Worker, batch: _Batch, verdict: str) -> None:
-    """A worker died or is late: the item in work pays with the verdict, the others go back in line."""
-    if not worker.ready:
+  def _lose_item(self, worker: Worker, batch: _Batch, verdict: str) -> None:
+    """The item in work, if there is one, pays with the verdict."""
+    if worker.owed:
+      batch.lose(worker.owed.popleft(), verdict, time.monotonic() - worker.since)
+
+  def _take_back(self, worker: Worker, batch: _Batch) -> None:
+    """What a worker still owes goes back to the front of the line, in order."""
+    batch.pending.extendleft(reversed(worker.owed))
+    worker.owed.clear()
+
+  def _count_failed_start(self, worker: Worker) -> None:
+    if not worker.started:
       self._failed_starts += 1
-      if verdict == functions.TIMEOUT:
-        self._refuse(worker, f'not ready after {_START_S:.0f} s')
       if self._failed_starts >= _MAX_FAILED_STARTS:
         self._refuse(worker, f'{self._failed_starts} in a row died before they were ready')
-    elif worker.owed:
-      batch.lose(worker.owed.popleft(), verdict, time.monotonic() - worker.since)
-    self._dismiss(worker, batch)
 
-  def _dismiss(self, worker: _Worker, batch: _Batch | None = None) -> None:
-    """Ends a worker; what it still owes goes back to the front of the line, in order."""
+  def _dismiss(self, worker: Worker, batch: _Batch | None = None) -> None:
+    """Ends a worker; what it still owes goes back in line."""
     worker.kill()
     self._team.remove(worker)
     if batch is not None:
-      batch.pending.extendleft(reversed(worker.owed))
+      self._take_back(worker, batch)
 
-  def _refuse(self, worker: _Worker, why: str) -> None:
+  def _refuse(self, worker: Worker, why: str) -> None:
     said = worker.stderr_tail() or 'nothing'
     raise RuntimeError(
         f'reward workers cannot start: {why}.\nLast words on stderr: {said}\n'

@@ -1,0 +1,167 @@
+"""Programs against their unit tests, each run in `sandbox`.
+
+A reference is JSON in one of these forms, or plain lines of asserts:
+
+  {"tests": ["assert f(1) == 2", ...], "setup": "import math"}
+      asserts (MBPP); `setup`, run after the program and before them, may be left out
+  {"function": "f", "calls": [[[1, 2], 3], ...]}
+      f(1, 2) must return 3; arguments and results are JSON
+  {"inputs": ["1 2\\n", ...], "outputs": ["3\\n", ...]}
+      standard input and output, white space at line ends aside; with "fn_name": calls, inputs the arguments
+
+A program is right if all tests pass within the item's time. Asserts and calls run in the program's own interpreter:
+they become known to it only once it has been loaded, and must all be reached, but a program written to look for the
+test runner can forge its report. Against that, use standard input and output, whose outputs are compared outside.
+"""
+
+import ast
+import json
+import re
+import secrets
+import time
+
+from moe_rl.rl.rewards import extract, sandbox
+from moe_rl.rl.rewards.verdicts import CORRECT, CRASH, TIMEOUT, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
+
+MAX_PROGRAM_CHARS = 100_000
+_FENCE = re.compile(r'```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)', re.DOTALL | re.IGNORECASE)
+_START_S = 0.5  # left for starting and ending the program before the pool's own limit strikes
+_NOT_PYTHON = 90  # exit status of the runner for a program with a syntax error
+_budget = sandbox.Limits()
+
+# Runs within the sandbox. The job comes as the first line of standard input, before anything of the program is known.
+_RUNNER = r"""
+import json, os, sys
+def main():
+  job = json.loads(sys.stdin.readline())
+  try:
+    program = compile(job['program'], 'solution.py', 'exec')
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    os._exit(90)
+  here = {'__name__': 'solution'}
+  exec(program, here)
+  exec(job['setup'], here)
+  for test in json.loads(sys.stdin.readline()):
+    if isinstance(test, str):
+      exec(compile(test, 'test', 'exec'), here)
+    else:
+      arguments, wanted = test
+      got = here[job['function']](*arguments)
+      assert json.loads(json.dumps(got)) == wanted
+  os.write(3, sys.stdin.readline().encode())
+  os._exit(0)
+main()
+"""
+
+
+def configure(timeout_s: float, memory_mb: int) -> None:
+  """Fits a program's limits into an item's: its tests share the item's wall seconds."""
+  global _budget
+  _budget = sandbox.Limits(max(timeout_s - _START_S, timeout_s / 2), max(memory_mb // 4, 128))
+
+
+def find_program(response: str) -> str | None:
+  """The last fenced block of Python in the answer (`extract`'s order, steps 1 and 2), else the text itself if it is
+  Python."""
+  text = extract.tagged_answer(response)
+  text = extract.conclusion(response) if text is None else text
+  if text is None or len(text) > MAX_PROGRAM_CHARS:
+    return None
+  fenced = _FENCE.findall(text)
+  if fenced:
+    return fenced[-1]
+  return text if re.search(r'(?m)^(?:def|class|import|from|print|for|while|\w+ *=)\b', text) else None
+
+
+def read_reference(reference: str) -> dict | None:
+  """The tests as the runner takes them: `{"setup", "function", "tests"}` or `{"inputs", "outputs"}`; else None."""
+  try:
+    fields = json.loads(reference)
+  except (ValueError, RecursionError):
+    fields = {'tests': [reference]} if re.search(r'(?m)^\s*assert\b', reference) and _is_python(reference) else None
+  if isinstance(fields, list):
+    fields = {'tests': fields}
+  if not isinstance(fields, dict):
+    return None
+  if 'inputs' in fields:
+    return _pairs(fields)
+  calls = fields.get('calls') if isinstance(fields.get('function'), str) else None
+  tests = fields.get('tests') if calls is None else calls
+  setup = fields.get('setup') or ''
+  good = isinstance(tests, list) and tests and isinstance(setup, str) and all(
+      isinstance(test, str) if calls is None else _is_call(test) for test in tests)
+  return {'setup': setup, 'function': fields.get('function'), 'tests': tests} if good else None
+
+
+def _is_call(test) -> bool:
+  return isinstance(test, list) and len(test) == 2 and isinstance(test[0], list)
+
+
+def _pairs(fields: dict) -> dict | None:
+  inputs, outputs = fields['inputs'], fields.get('outputs')
+  if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):
+    return None
+  if fields.get('fn_name'):
+    calls = [list(pair) for pair in zip(inputs, outputs, strict=True)]
+    return {'setup': '', 'function': fields['fn_name'], 'tests': calls} if all(map(_is_call, calls)) else None
+  return {'inputs': [_lines(text) for text in inputs], 'outputs': [_lines(text) for text in outputs]}
+
+
+def _lines(text) -> str:
+  return '\n'.join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+def _is_python(text: str) -> bool:
+  try:
+    ast.parse(text)
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    return False
+  return True
+
+
+def code(program: str, reference: str) -> str:
+  """Verdict for a program; takes up to the limit of `configure`. Raises RuntimeError where nothing can contain it."""
+  tests = read_reference(reference)
+  if tests is None:
+    return UNPARSABLE_REFERENCE
+  deadline = time.monotonic() + _budget.wall_s
+  if 'inputs' not in tests:
+    return _run_tests(program, tests, deadline)
+  for given, wanted in zip(tests['inputs'], tests['outputs'], strict=True):
+    verdict = _run_with_input(program, given, wanted, deadline)
+    if verdict != CORRECT:
+      return verdict
+  return CORRECT
+
+
+def _limits(deadline: float) -> sandbox.Limits:
+  return sandbox.Limits(max(deadline - time.monotonic(), 0.05), _budget.memory_mb)
+
+
+def _run_tests(program: str, tests: dict, deadline: float) -> str:
+  token = secrets.token_hex(16)
+  job = {'program': program, 'setup': tests['setup'], 'function': tests['function']}
+  stdin = '\n'.join([json.dumps(job), json.dumps(tests['tests']), token])
+  outcome = sandbox.run(_RUNNER, stdin.encode(), _limits(deadline))
+  if outcome.report.decode('utf-8', 'replace') == token:
+    return CORRECT
+  return UNPARSABLE_ANSWER if outcome.status == _NOT_PYTHON else _failed(outcome)
+
+
+def _run_with_input(program: str, given: str, wanted: str, deadline: float) -> str:
+  outcome = sandbox.run(program, given.encode('utf-8', 'surrogateescape'), _limits(deadline))
+  if outcome.status != 0:
+    not_python = b'SyntaxError' in outcome.errors[-2000:] and not outcome.output and not _is_python(program)
+    return UNPARSABLE_ANSWER if not_python else _failed(outcome)
+  said = outcome.output.decode('utf-8', 'replace')
+  return CORRECT if _tidy(said) == _tidy(wanted) else WRONG
+
+
+def _tidy(text: str) -> list[str]:
+  return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _failed(outcome: sandbox.Outcome) -> str:
+  if outcome.late:
+    return TIMEOUT
+  return CRASH if outcome.status is not None and outcome.status < 0 else WRONG
