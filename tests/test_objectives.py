@@ -15,6 +15,7 @@ import pytest
 from tiny import quick_jit, tiny_model, tiny_variables
 
 from moe_rl.config import base_config
+from moe_rl.models.transformer import Transformer
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch, pack
 from moe_rl.rl.objectives import ADVANTAGES, FINER, OBJECTIVES, Objective, chosen
@@ -484,7 +485,8 @@ def rollout() -> Rollout:
 @quick_jit
 def pull_back(variables, batch, slope):
   """(log-probs, gradient of the weights for a loss with this slope by each log-prob)."""
-  logp, back = jax.vjp(lambda p: score(MODEL, variables | {'params': p}, batch, SAMPLING)[0], variables['params'])
+  net = Transformer(MODEL)
+  logp, back = jax.vjp(lambda p: score(net, variables | {'params': p}, batch, SAMPLING)[0], variables['params'])
   return logp, back(slope)[0]
 
 

@@ -408,7 +408,7 @@ def replayed():
 @quick_jit
 def value_and_router_gradient(params, router, batch):
   def total(params):
-    logp, _, load = score(NEAR_TIES, {'params': params, 'router': router}, batch, SAMPLING)
+    logp, _, load = score(Transformer(NEAR_TIES), {'params': params, 'router': router}, batch, SAMPLING)
     return (logp * (batch.weight > 0)).sum(), (logp, load)
   gradient, aux = jax.grad(total, has_aux=True)(params)
   return *aux, gradient['moe']['ff']['router']
