@@ -12,9 +12,10 @@ import sys
 import time
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='The experiment, e.g. experiments/r1_zero.py[:preset].')
+from moe_rl import main as entry  # defines --config
+from moe_rl.main import fail
+
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'The slice, in chips: v5p:8x8x16, v5e:4x4, tpu7x:4x8x8 …')
 _JSON = flags.DEFINE_string('json', '', 'A file for the plan as JSON.')
 _SUGGEST = flags.DEFINE_bool('suggest', False, 'Try meshes and remat policies; rank those that fit.')
@@ -46,11 +47,11 @@ def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, 
 
 
 def main(argv):
-  from moe_rl.main import fail
   from moe_rl.planner import report, topologies
   if len(argv) > 1:
     fail(f"what is '{argv[1]}'? Flags look like --topology=v5p:8x8x16")
-  if _CONFIG.value is None:
+  config = flags.FLAGS.config
+  if config is None:
     fail('give an experiment: --config=experiments/r1_zero.py:v3_671b')
   options = dict(mean_tokens=_MEAN.value or None, prompt_tokens=_PROMPT.value, price=_PRICE.value, patience=_PATIENCE.value,
                  progress=Progress())
@@ -58,11 +59,11 @@ def main(argv):
     topology = topologies.parse(_TOPOLOGY.value)
     if _SUGGEST.value:
       from moe_rl.planner.suggest import suggest, table
-      found = suggest(_CONFIG.value, topology, plan, tries=_TRIES.value, options=options)
+      found = suggest(config, topology, plan, tries=_TRIES.value, options=options)
       shown, whole = table(found), {'suggestions': found}
       unfit = '' if any(f['fits'] for f in found) else 'nothing that was tried fits: take more chips'
     else:
-      whole = plan(_CONFIG.value, topology, only=_ONLY.value, **options)
+      whole = plan(config, topology, only=_ONLY.value, **options)
       shown, unfit = report.text(whole), report.remedy(whole)
     if _JSON.value:
       pathlib.Path(_JSON.value).write_text(json.dumps(whole, indent=1) + '\n')
@@ -96,7 +97,6 @@ class Progress:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  from moe_rl import main as entry
   return entry.parse_flags(argv, FLAGS)
 
 

@@ -64,7 +64,7 @@ def one(n: int, program, made, dump: pathlib.Path, tell) -> dict:
 def resident(program, state) -> float:
   """Bytes a device of the run's state that lie in HBM while the program runs and are none of its arguments."""
   import jax
-  if state is None:
+  if state is None or program.name == 'init':  # which makes the state
     return 0.0
   own = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
   return float(sum(shard_bytes(leaf) for leaf in jax.tree.leaves(state) if id(leaf) not in own))
