@@ -31,13 +31,15 @@ FLAGS = ('config', 'topology', 'json', 'suggest', 'tries', 'only', 'mean_tokens'
 
 def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, only=(), patience=120.0,
          progress=None) -> dict:
-  """The plan of an experiment's config on a `topologies.Topology`, as `report.as_json`. Raises ValueError on bad input."""
+  """The plan of an experiment's config on a `topologies.Topology`, as `report.as_json`. Raises ValueError on bad
+  input."""
   from moe_rl.planner import estimate, programs, report
   from moe_rl.planner.compile import compile_all
   config = programs.for_planning(config, prompt_tokens)
   mesh, sized = programs.check(config, topology.devices)
   used, assumed = estimate.loads(sized, mean_tokens)
-  done = compile_all(topology, 'moe_rl.planner.programs:make', {'config': config.to_dict()}, only=only, patience=patience,
+  done = compile_all(topology, 'moe_rl.planner.programs:make', {'config': config.to_dict()}, only=only,
+    patience=patience,
                      progress=progress)
   if not done.programs:
     raise ValueError(f'--only={",".join(only)}: no such program; there are init, {", ".join(used)}')
@@ -53,7 +55,8 @@ def main(argv):
   config = flags.FLAGS.config
   if config is None:
     fail('give an experiment: --config=experiments/r1_zero.py:v3_671b')
-  options = dict(mean_tokens=_MEAN.value or None, prompt_tokens=_PROMPT.value, price=_PRICE.value, patience=_PATIENCE.value,
+  options = dict(mean_tokens=_MEAN.value or None, prompt_tokens=_PROMPT.value, price=_PRICE.value,
+    patience=_PATIENCE.value,
                  progress=Progress())
   try:
     topology = topologies.parse(_TOPOLOGY.value)

@@ -100,7 +100,8 @@ def test_compute_and_hbm_take_their_rates():
   assert (s.compute, s.hbm, s.overlapped, s.apart, s.bound) == (1, 2, 2, 3, 'hbm')
 
 
-@pytest.mark.parametrize('text, near', [('v5q:2x2', 'v5p'), ('v5p:8x8', 'v5p:8x8x8'), ('v5e:3x3', 'v5e:2x4'), ('', 'v5p')])
+@pytest.mark.parametrize('text, near', [('v5q:2x2', 'v5p'), ('v5p:8x8', 'v5p:8x8x8'), ('v5e:3x3', 'v5e:2x4'), ('',
+  'v5p')])
 def test_an_unknown_topology_names_those_that_work(text, near):
   with pytest.raises(ValueError, match=near):
     parse(text)

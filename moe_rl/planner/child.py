@@ -1,6 +1,8 @@
-"""The process that lowers and compiles: `python -m moe_rl.planner.child REQUEST.json`, started by `compile.compile_all`.
+"""The process that lowers and compiles: `python -m moe_rl.planner.child REQUEST.json`, started by
+`compile.compile_all`.
 
-It writes one JSON line for each thing that happens to the request's `events` file, and the compiler's dump of program N to
+It writes one JSON line for each thing that happens to the request's `events` file, and the compiler's dump of program
+N to
 the folder `dump`/N. Ends with status 0 unless the programs could not even be made.
 """
 

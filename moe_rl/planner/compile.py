@@ -1,7 +1,9 @@
 """Compiles programs for a slice in a child process, watches it, and reads what it leaves.
 
-The compiler may take minutes and gigabytes and may abort its process: none of this may happen to the caller. A program's
-HLO and buffers are read from the compiler's dump, which is written before code is generated; that last part, which can be
+The compiler may take minutes and gigabytes and may abort its process: none of this may happen to the caller. A
+program's
+HLO and buffers are read from the compiler's dump, which is written before code is generated; that last part, which
+can be
 most of an hour with large kernels, is cut off after `patience` seconds, as it changes none of the numbers.
 """
 
@@ -23,7 +25,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """One program. memory: bytes a device by kind ('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'), empty
+  """One program. memory: bytes a device by kind ('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'),
+  empty
   if it could not be compiled; resident: bytes of the run's state that lie in HBM beside it; hlo: its text, '' if there
   is none; error: why not; over: bytes more than there are, where the compiler says so; compiler: its own estimate
   (flops, bytes accessed, optimal_seconds: loops counted once); seconds: it took; cut: code was not generated."""
@@ -145,7 +148,8 @@ class Watch:
     if current is not None:
       n = current['program']
       if cut:
-        self.done[n] = current | {'memory': read_buffers(self.buffers(n).read_text()), 'cut': True, 'seconds': self.patience}
+        self.done[n] = current | {'memory': read_buffers(self.buffers(n).read_text()), 'cut': True,
+          'seconds': self.patience}
       else:
         self.done[n] = current | {'error': f'the compiler ended with status {status}: {tail}', 'seconds': 0.0}
 
@@ -189,7 +193,8 @@ def needed_bytes(error: str) -> float:
 
 
 def read_buffers(text: str) -> dict[str, float]:
-  """Memory by kind from the compiler's buffer assignment, for programs whose code was not generated (it is counted as 0)."""
+  """Memory by kind from the compiler's buffer assignment, for programs whose code was not generated (it is counted as
+  0)."""
   memory = dict.fromkeys(('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'), 0.0)
   for line in text.splitlines():
     found = re.match(r'allocation \d+: size (\d+),(.*)', line)

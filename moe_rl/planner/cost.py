@@ -2,12 +2,15 @@
 
 Collectives are costed on the torus, by the dimensions that a group of devices spans:
 
-  all-gather, reduce-scatter, all-reduce   rings along every dimension at once; a ring takes in on two links, a line on one
+  all-gather, reduce-scatter, all-reduce   rings along every dimension at once; a ring takes in on two links, a line
+  on one
   all-to-all                               the busiest link: uniform traffic over a dimension's cut (a quarter of an
                                            all-gather of the same array on a ring)
-  collective-permute                       the busiest link when every message takes the shortest way, dimension by dimension
+  collective-permute                       the busiest link when every message takes the shortest way, dimension by
+  dimension
 
-A hop costs a microsecond besides (jax-ml.github.io/scaling-book/sharding), which is most of what decoding's small ones cost.
+A hop costs a microsecond besides (jax-ml.github.io/scaling-book/sharding), which is most of what decoding's small
+ones cost.
 """
 
 import collections
@@ -73,7 +76,8 @@ class Side:
 
 
 class Network:
-  """A slice whose devices, in the order of the mesh, sit at `places`: chip coordinates, then which device of the chip."""
+  """A slice whose devices, in the order of the mesh, sit at `places`: chip coordinates, then which device of the
+  chip."""
 
   def __init__(self, topology: Topology, places: list[tuple[int, ...]]):
     self.topology, self.generation, self.places = topology, topology.generation, [tuple(p) for p in places]
@@ -92,7 +96,8 @@ class Network:
     return max((self._group(c, *form) for form in {self.form(g) for g in c.groups if len(g) > 1}), default=0.0)
 
   def form(self, group: tuple[int, ...]) -> tuple[tuple[Side, ...], bool]:
-    """(how the group lies along the dimensions that it spans, whether it has both devices of a chip). A group that is no
+    """(how the group lies along the dimensions that it spans, whether it has both devices of a chip). A group that is
+    no
     box of chips counts as one line of them."""
     places = [self.places[d] for d in group]
     chips = {p[:-1] for p in places}

@@ -19,7 +19,8 @@ FREE = frozenset((
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'iota',
   'opt-barrier', 'optimization-barrier', 'add-dependency', 'domain', 'while', 'conditional', 'call', 'broadcast-done'))
 # Custom calls that only name memory or layouts.
-FREE_CALLS = frozenset(('AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape', 'AssumeGatherIndicesInBound'))
+FREE_CALLS = frozenset(('AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape',
+  'AssumeGatherIndicesInBound'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +269,8 @@ def _groups_text(attributes: str) -> str:
   start = attributes.find('replica_groups=')
   if start < 0:
     return ''
-  stop = re.search(r', (?:channel_id|use_global|dimensions|to_apply|frontend|metadata|backend|constrain)', attributes[start:])
+  stop = re.search(r', (?:channel_id|use_global|dimensions|to_apply|frontend|metadata|backend|constrain)',
+    attributes[start:])
   return attributes[start:start + stop.start()] if stop else attributes[start:]
 
 

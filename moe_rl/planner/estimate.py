@@ -17,7 +17,8 @@ from moe_rl.runtime import costs
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """How a program is used. rounds: of its outermost loop whose length is data, None if it has none; a_step: times it runs
+  """How a program is used. rounds: of its outermost loop whose length is data, None if it has none; a_step: times it
+  runs
   in a step of the run; useful: model FLOPs of one run of it, by formula, on all devices; tokens: that it samples or
   trains on."""
 
@@ -76,7 +77,8 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
                      -(-most // r.microbatch_rows))
 
   def parts(prompts, group):
-    return costs.grpo_flops(model, np.full(prompts, s.max_prompt_tokens), np.full((prompts, group), mean), r.kl_weight > 0)
+    return costs.grpo_flops(model, np.full(prompts, s.max_prompt_tokens), np.full((prompts, group), mean),
+      r.kl_weight > 0)
   evaluations = math.ceil(e.problems / evaluated) / e.every if e.every else 0.0
   flops = parts(whole, r.group_size)
   assumed = [

@@ -1,7 +1,8 @@
 """What chips cost, and published yardsticks to read a plan against."""
 
 # $ a chip-hour, on demand, in the cheapest region that has the generation, as commonly quoted from
-# cloud.google.com/tpu/pricing in 2025 (only v4's was seen in a dated source: 2022). Not read again since, lists change and
+# cloud.google.com/tpu/pricing in 2025 (only v4's was seen in a dated source: 2022). Not read again since, lists
+# change and
 # contracts differ: `--price` takes yours.
 CHIP_HOUR: dict[str, float] = {'v4': 3.22, 'v5e': 1.20, 'v5p': 4.20, 'v6e': 2.70, 'tpu7x': 12.00}
 

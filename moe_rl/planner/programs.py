@@ -12,7 +12,8 @@ STAGES = ('pretrain', 'rl')
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-  """resident: a tree of the run's state (ShapeDtypeStructs with shardings), or None; notes: what was assumed, for people."""
+  """resident: a tree of the run's state (ShapeDtypeStructs with shardings), or None; notes: what was assumed, for
+  people."""
 
   programs: list[Program]
   mesh: object

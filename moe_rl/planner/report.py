@@ -27,7 +27,8 @@ def program(r: Row, topology: Topology) -> dict:
 
 
 def parts(s) -> dict:
-  return {'compute': s.compute, 'hbm': s.hbm, 'interconnect': s.interconnect, 'overlapped': s.overlapped, 'apart': s.apart,
+  return {'compute': s.compute, 'hbm': s.hbm, 'interconnect': s.interconnect, 'overlapped': s.overlapped,
+    'apart': s.apart,
           'bound': s.bound}
 
 
@@ -58,7 +59,8 @@ def _program(p: dict, capacity: float) -> list[str]:
             f'{c["results"] / 1e9:>11,.3f} GB' for kind, c in sorted(p['collectives'].items())]
   lines.append(f'  seconds      {_seconds(s)}')
   if told := p['compiler'].get('optimal_seconds'):
-    lines.append(f'  the compiler {told:.4g} s, loops counted once' + (' (no estimate: opaque calls)' if told < 0 else ''))
+    lines.append(f'  the compiler {told:.4g} s, loops counted once' + (' (no estimate: opaque calls)' if told < 0
+      else ''))
   if p['seconds_a_round']:
     rounds = p['rounds_assumed'] or 1
     lines.append(f'  a round      {_seconds(p["seconds_a_round"])}; {rounds:,.0f} assumed of {", ".join(p["loops_of_data_length"])}')

@@ -1,4 +1,5 @@
-"""Which mesh and remat policy to take: those that divide, pruned by a cheap estimate of memory, compiled, ranked by time."""
+"""Which mesh and remat policy to take: those that divide, pruned by a cheap estimate of memory, compiled, ranked by
+time."""
 
 import math
 
@@ -16,7 +17,8 @@ STATE_COPIES = {'rl': 4, 'pretrain': 4}  # of the weights: themselves, gradients
 
 def candidates(config, topology: Topology, prompt_tokens: int) -> list:
   """Configs (for planning) whose mesh divides what it shards, the most promising first: every mesh of the slice
-  with every remat policy, less those whose state alone passes the HBM. Raises ValueError, with the last refusal, if none."""
+  with every remat policy, less those whose state alone passes the HBM. Raises ValueError, with the last refusal, if
+  none."""
   base = programs.for_planning(config, prompt_tokens)
   model, out, why = configs.model_config(base), [], ''
   copies = STATE_COPIES[base.stage] + (base.stage == 'rl' and base.rl.kl_weight > 0)

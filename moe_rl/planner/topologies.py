@@ -2,7 +2,8 @@
 
 A topology is written GENERATION:XxYxZ in chips, as the TPU compiler names it: `v5p:8x8x16` are 1,024 chips. Two other
 ways of counting are in use and must not be mixed in: Cloud's accelerator types count TensorCores for v4 and v5p
-(`v5p-2048` are those 1,024 chips) and chips for v5e and v6e; and JAX counts devices, of which a v5p chip is one and a v4
+(`v5p-2048` are those 1,024 chips) and chips for v5e and v6e; and JAX counts devices, of which a v5p chip is one and a
+v4
 (without megacore) or tpu7x chip is two.
 """
 
@@ -26,7 +27,8 @@ class Generation:
 
   peak: dense bf16 FLOP/s; hbm_bandwidth: bytes/s; hbm_device: bytes that the compiler lets a program of one device use;
   devices: JAX devices on a chip; dimensions: of its torus or mesh; link: bytes/s of one ICI link in one direction, as
-  reached and not as printed (0.9 of it); pair: the same between the two devices of a chip, 0 where a chip is one device.
+  reached and not as printed (0.9 of it); pair: the same between the two devices of a chip, 0 where a chip is one
+  device.
   """
 
   name: str
@@ -46,7 +48,8 @@ class Generation:
 # peak, HBM bandwidth: the tables 'system architecture' of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
 # link: jax-ml.github.io/scaling-book/tpus, its table of one-way bandwidths (TPU docs print a chip's links in both
 # directions: v5p 1,200 GB/s is 6 links x 2 directions x 100 GB/s, of which the book has 90).
-# hbm_device: what libtpu 0.0.52 says is available when a program does not fit, in GiB a device; the documents say 32, 16,
+# hbm_device: what libtpu 0.0.52 says is available when a program does not fit, in GiB a device; the documents say 32,
+# 16,
 # 95, 32 and 192 a chip.
 # pair: tpu7x's die-to-die interface is six times as fast as one ICI axis (docs.cloud.google.com/tpu/docs/tpu7x); for
 # v4, whose two cores share one HBM, HBM's rate.
@@ -82,7 +85,8 @@ class Topology:
   def wraps(self) -> tuple[bool, ...]:
     """Whether the chips of each dimension form a ring.
 
-    3D generations are built of 4x4x4 cubes, and optical switches close the rings of slices that are whole cubes; 2D ones
+    3D generations are built of 4x4x4 cubes, and optical switches close the rings of slices that are whole cubes; 2D
+    ones
     are wired as a ring along a full side of 16 only (scaling book, as above).
     """
     if self.generation.dimensions == 3:
