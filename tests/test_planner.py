@@ -109,7 +109,7 @@ def test_an_unknown_topology_names_those_that_work(text, near):
 
 def test_what_the_compiler_says_is_read():
   assert needed_bytes('the total memory required for HLO temporaries (256.00G) exceeds available HBM') == 256 * 2**30
-  memory = read_buffers('allocation 0: size 64, page 0, parameter 0, shape |f32[16]| at ShapeIndex {}, maybe-live-out:\n'
+  memory = read_buffers('allocation 0: size 64, page 0, parameter 0, shape |f32[16]| at {}, maybe-live-out:\n'
                         'allocation 1: size 32, page 0, preallocated-temp:\n'
                         'allocation 2: size 9, color 1, page 0, preallocated-temp:')
   assert (memory['arguments'], memory['aliased'], memory['temporaries']) == (64, 64, 32)

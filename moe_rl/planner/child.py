@@ -21,10 +21,10 @@ MEMORY = {  # what a program needs, by kind: fields of the compiler's CompiledMe
 
 def main(path: str):
   request = json.loads(pathlib.Path(path).read_text())
-  events = pathlib.Path(request['events']).open('a')
 
   def tell(**event):
-    print(json.dumps(event), file=events, flush=True)
+    with pathlib.Path(request['events']).open('a') as events:
+      print(json.dumps(event), file=events)
   topology = topologies.parse(request['topology'])
   try:
     module, _, function = request['factory'].partition(':')

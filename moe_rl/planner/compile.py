@@ -121,9 +121,9 @@ class Watch:
       self.progress(name, time.time() - self.started)
       if ended:
         return None
-      if current and (hlo := self.hlo_file(current['program'])) and self.buffers(current['program']):
-        if time.time() - hlo.stat().st_mtime > self.patience:
-          return current
+      if current and (hlo := self.hlo_file(current['program'])) and self.buffers(current['program']) and (
+          time.time() - hlo.stat().st_mtime > self.patience):
+        return current
       time.sleep(0.2)
 
   def _name(self, current, news) -> str:

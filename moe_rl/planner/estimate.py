@@ -105,7 +105,8 @@ def rows(compilation: Compilation, topology: Topology, used: dict[str, Load]) ->
       total = work.total(load.rounds)
       longest = max(open_loops, key=lambda x: count.dearness(x.body), default=None)
       row = dataclasses.replace(
-        row, work=total, seconds=network.seconds(total), open_loops=tuple(f'{x.source} ({x.trips.certain})' for x in open_loops),
+        row, work=total, seconds=network.seconds(total),
+        open_loops=tuple(f'{x.source} ({x.trips.certain})' for x in open_loops),
         round=network.seconds(longest.body.total()) if longest else None)
     out.append(row)
   return out

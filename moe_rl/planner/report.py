@@ -63,7 +63,8 @@ def _program(p: dict, capacity: float) -> list[str]:
       else ''))
   if p['seconds_a_round']:
     rounds = p['rounds_assumed'] or 1
-    lines.append(f'  a round      {_seconds(p["seconds_a_round"])}; {rounds:,.0f} assumed of {", ".join(p["loops_of_data_length"])}')
+    lines.append(f'  a round      {_seconds(p["seconds_a_round"])}; '
+                 f'{rounds:,.0f} assumed of {", ".join(p["loops_of_data_length"])}')
   if p['useful_flops']:
     lines.append(f'  utilisation  {u["overlapped"]:.1%} overlapped, {u["apart"]:.1%} with nothing overlapped')
   return lines
@@ -81,14 +82,16 @@ def _run(plan: dict) -> list[str]:
   lines = ['', f'the run, {run["steps"]:,} steps at ${run["price_chip_hour"]:.2f} a chip-hour']
   for name, words in (('overlapped', 'all overlapped'), ('apart', 'nothing overlapped')):
     r = run[name]
-    lines.append(f'  {words:<19} {r["seconds_per_step"]:,.4g} s a step, {r["tokens_per_second_per_chip"]:,.4g} tokens/s a chip, '
+    lines.append(f'  {words:<19} {r["seconds_per_step"]:,.4g} s a step, '
+                 f'{r["tokens_per_second_per_chip"]:,.4g} tokens/s a chip, '
                  f'{r["chip_hours"]:,.4g} chip-hours, ${r["dollars"]:,.4g}')
     if 'sampled_tokens_per_second' in r:
       lines.append(f'  {"":<19} rollout {r["sampled_tokens_per_second"]:,.4g} tokens/s, '
                    f'${r["dollars_per_million_sampled_tokens"]:,.4g} per million output tokens')
   if 'sampled_tokens_per_second' in run['apart']:
     asked = ', '.join(f'{k} ${v:.2f}' for k, v in API_PER_MILLION.items())
-    lines.append(f'  yardsticks: asked per million output tokens {asked}; {H800_NODE_TOKENS_PER_SECOND:,} output tokens/s on 8 H800')
+    lines.append(f'  yardsticks: asked per million output tokens {asked}; '
+                 f'{H800_NODE_TOKENS_PER_SECOND:,} output tokens/s on 8 H800')
   return lines
 
 
@@ -98,8 +101,9 @@ def remedy(plan: dict) -> str:
   for p in plan['programs']:
     over = p['peak_bytes'] - plan['capacity_bytes']
     if over > 0:
-      out.append(f'{p["name"]} needs {over / GIB:.2f} GiB a device more than there is: take more chips, shard weights further '
-                 '(config.mesh.fsdp, expert, tensor), lower microbatch_rows or prompts_per_step, or set config.model.remat=full')
+      out.append(f'{p["name"]} needs {over / GIB:.2f} GiB a device more than there is: take more chips, shard weights '
+                 'further (config.mesh.fsdp, expert, tensor), lower microbatch_rows or prompts_per_step, '
+                 'or set config.model.remat=full')
     elif not p['fits']:
       out.append(f'{p["name"]} could not be compiled: {p["error"].splitlines()[0][:300]}')
   return '\n'.join(out)

@@ -39,8 +39,9 @@ def candidates(config, topology: Topology, prompt_tokens: int) -> list:
       each.model.remat = remat
       out.append(each)
   if not out:
-    raise ValueError(f'--suggest: no mesh of {topology.devices:,} devices both divides this experiment and holds its state of '
-                     f'{state / GIB:,.0f} GiB ({topology.devices * topology.generation.hbm_device / GIB:,.0f} GiB in all)'
+    raise ValueError(f'--suggest: no mesh of {topology.devices:,} devices both divides this experiment and holds its '
+                     f'state of {state / GIB:,.0f} GiB ('
+                     f'{topology.devices * topology.generation.hbm_device / GIB:,.0f} GiB in all)'
                      + (f'. The last refusal: {why}' if why else ''))
   return sorted(out, key=promise)
 
