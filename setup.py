@@ -30,8 +30,10 @@ HF = [  # released checkpoints and their tokenizers
   'jinja2>=3.1',  # chat templates
   'tokenizers>=0.21',
 ]
+PLAN = ['libtpu>=0.0.40']  # the TPU compiler; it works on machines without a TPU
 TEST = [
   *HF,
+  *PLAN,
   *NOTEBOOKS,  # the notebooks are executed by the tests
   'chex>=0.1.91',
   'hypothesis>=6.100',
@@ -72,6 +74,7 @@ setup(
     'gpu': ['jax[cuda12]>=0.10.2'],  # cuda12 runs on older drivers too; for CUDA 13 add jax[cuda13] instead
     'hf': HF,
     'notebooks': NOTEBOOKS,
+    'plan': PLAN,
     'test': TEST,
     'dev': [*TEST, 'pre-commit>=4', 'pre-commit-hooks>=5'],
   },

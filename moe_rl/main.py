@@ -45,13 +45,13 @@ def fail(why):
   sys.exit(2)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], names=('config', 'workdir', 'debug')) -> list[str]:
   """absl's parser, with messages that name the nearest file, preset or key in place of its tracebacks."""
   try:
     check_flags(argv[1:])
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as e:
-    near = difflib.get_close_matches(e.flagname.partition('.')[0], ('config', 'workdir', 'debug'), 1, 0.5)
+    near = difflib.get_close_matches(e.flagname.partition('.')[0], names, 1, 0.5)
     fail(f'there is no flag --{e.flagname}' + (f': did you mean --{near[0]}…?' if near else ': see --help'))
   except (ValueError, flags.Error) as e:
     fail(e)

@@ -39,14 +39,14 @@ TRANSCRIPTS_EVERY = 5  # steps
 class RL:
   """The stage's pieces, made once: model, objective, optimizer, jitted sampler, evaluator, scoring and update.
 
-  config: with its lengths known (`config.with_lengths`).
+  config: with its lengths known (`config.with_lengths`); tokenizer: config.tokenizer's, read here if it is not given.
   """
 
-  def __init__(self, config, mesh):
+  def __init__(self, config, mesh, tokenizer=None):
     self.config, self.mesh = config, mesh
     r, s, e = config.rl, config.sampling, config.eval
     self.model = dataclasses.replace(configs.model_config(config), mtp_layers=0)  # it plays no part in RL
-    self.tokenizer = load_tokenizer(config.tokenizer)
+    self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     self.objective = objectives.chosen(r)
     self.reference = self.objective.kl_weight > 0
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)

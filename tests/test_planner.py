@@ -1,0 +1,163 @@
+"""The planner: HLO read with its loops, collectives costed on the torus, small programs with known answers."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from moe_rl.planner import count, hlo
+from moe_rl.planner.compile import compile_all, needed_bytes, read_buffers
+from moe_rl.planner.cost import HOP, Network
+from moe_rl.planner.count import Collective, Work
+from moe_rl.planner.topologies import parse
+
+LOOPS = """HloModule m, num_partitions=8
+%body (p: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %p = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%p), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = f32[4,4]{1,0} all-reduce(%y), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%sum
+  ROOT %t = (s32[], f32[4,4]{1,0}) tuple(%next, %z)
+}
+%condition (q: (s32[], f32[4,4])) -> pred[] {
+  %q = (s32[], f32[4,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %end = s32[] constant(9)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+ENTRY %main (a: f32[4,4]) -> f32[4,4] {
+  %a = f32[4,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4,4]{1,0}) tuple(%zero, %a)
+  %w = (s32[], f32[4,4]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %r = f32[4,4]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_a_loop_is_counted_as_often_as_it_goes_round():
+  work = count.count(hlo.parse(LOOPS))
+  assert [loop.trips for loop in work.loops] == [hlo.Trips(5, 'known')]  # 0, 2, 4, 6, 8
+  total = work.total()
+  assert total.flops == 5 * 2 * 4**3
+  (c, n), = total.collectives.items()
+  assert (c.kind, n, c.groups) == ('all-reduce', 5, ((0, 2, 4, 6), (1, 3, 5, 7)))
+  assert total.received == 5 * 2 * 64 * 3 / 4
+
+
+@pytest.mark.parametrize('text, wanted', [
+  ('replica_groups={{0,1},{2,3}}', ((0, 1), (2, 3))),
+  ('replica_groups=[2,2]<=[4]', ((0, 1), (2, 3))),
+  ('replica_groups=[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
+  ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+  ("replica_groups=mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
+  ('', ((0, 1, 2, 3),))])
+def test_groups_are_read_in_every_form(text, wanted):
+  assert hlo.groups(text, 4) == wanted
+
+
+def line(kind: str, nbytes: float, members) -> Collective:
+  return Collective(kind, nbytes, nbytes, (tuple(members),), '')
+
+
+def places(topology):
+  import itertools
+  return [(*p, 0) for p in itertools.product(*map(range, topology.shape))]
+
+
+def test_collectives_take_the_torus_time():
+  """v5p:4x4x4, all rings, 90e9 bytes/s a link and direction; a GB each; group along the last dimension: 4 in a ring."""
+  topology = parse('v5p:4x4x4')
+  network = Network(topology, places(topology))
+  ring, whole, pair = range(4), range(64), (0, 1)
+
+  def seconds(kind, group):
+    return network.seconds_of(line(kind, 1e9, group))
+  assert seconds('all-gather', ring) == pytest.approx(0.75e9 / 180e9 + 2 * HOP)  # in on two links
+  assert seconds('all-reduce', ring) == pytest.approx(1.5e9 / 180e9 + 4 * HOP)
+  assert seconds('all-gather', whole) == pytest.approx(63 / 64 * 1e9 / 540e9 + 6 * HOP)  # three rings at once
+  assert seconds('all-gather', pair) == pytest.approx(0.5e9 / 90e9 + HOP)  # neighbours: one link
+  assert seconds('all-to-all', ring) == pytest.approx(0.5e9 / 90e9 + 2 * HOP)  # k / 8 of the bytes on a link
+  permute = Collective('collective-permute', 1e9, 1e9, ((0, 1), (1, 2), (2, 3), (3, 0)), '')
+  assert network.seconds_of(permute) == pytest.approx(1e9 / 90e9 + HOP)
+  far = Collective('collective-permute', 1e9, 1e9, ((0, 2), (1, 3)), '')  # both cross the link from 1 to 2
+  assert network.seconds_of(far) == pytest.approx(2e9 / 90e9 + 2 * HOP)
+
+
+def test_slices_smaller_than_a_cube_are_lines():
+  topology = parse('v5p:2x2x4')
+  assert Network(topology, places(topology)).seconds_of(line('all-gather', 1e9, range(4))) == pytest.approx(
+    0.75e9 / 90e9 + 3 * HOP)
+
+
+def test_compute_and_hbm_take_their_rates():
+  topology = parse('tpu7x:2x2x1')  # two devices a chip: each has half
+  s = Network(topology, []).seconds(Work(flops=2307e12 / 2, hbm=7380e9))
+  assert (s.compute, s.hbm, s.overlapped, s.apart, s.bound) == (1, 2, 2, 3, 'hbm')
+
+
+@pytest.mark.parametrize('text, near', [('v5q:2x2', 'v5p'), ('v5p:8x8', 'v5p:8x8x8'), ('v5e:3x3', 'v5e:2x4'), ('',
+  'v5p')])
+def test_an_unknown_topology_names_those_that_work(text, near):
+  with pytest.raises(ValueError, match=near):
+    parse(text)
+
+
+def test_what_the_compiler_says_is_read():
+  assert needed_bytes('the total memory required for HLO temporaries (256.00G) exceeds available HBM') == 256 * 2**30
+  memory = read_buffers('allocation 0: size 64, page 0, parameter 0, shape |f32[16]| at {}, maybe-live-out:\n'
+                        'allocation 1: size 32, page 0, preallocated-temp:\n'
+                        'allocation 2: size 9, color 1, page 0, preallocated-temp:')
+  assert (memory['arguments'], memory['aliased'], memory['temporaries']) == (64, 64, 32)
+
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install '.[plan]'")
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  done = compile_all(parse('v5e:2x2'), 'tests.planner_programs:make', {})
+  return {p.name: p for p in done.programs}
+
+
+def work(compiled, name, rounds=None):
+  return count.count(hlo.parse(compiled[name].hlo)).total(rounds)
+
+
+@needs_libtpu
+def test_small_programs_have_their_known_work(compiled):
+  gathered = work(compiled, 'gathered')
+  assert gathered.flops == 2 * 1024 * 512 * 256
+  (c, n), = gathered.collectives.items()
+  assert (c.kind, n, c.received) == ('all-gather', 1, 512 * 512 * 2)  # the other's half
+  (c, n), = work(compiled, 'summed').collectives.items()
+  assert (c.kind, n, c.received) == ('all-reduce', 7, 256 * 256 * 2)
+  assert work(compiled, 'nested').flops == 15 * 2 * 512**3
+  (c, n), = work(compiled, 'exchanged').collectives.items()
+  assert (c.kind, n, c.received) == ('all-to-all', 1, 256 * 512 * 2 / 2)
+  assert work(compiled, 'of length').flops == 2 * 512**3 and work(compiled, 'of length', 10).flops == 10 * 2 * 512**3
+
+
+@needs_libtpu
+def test_memory_is_the_compilers_and_what_does_not_fit_is_told(compiled):
+  nested = compiled['nested']
+  assert nested.memory['arguments'] == nested.memory['outputs'] == 512 * 512 * 2
+  assert nested.resident == 512 * 1024 * 2 and nested.peak > nested.resident
+  big = compiled['too big']
+  assert big.error and big.needed >= 32 * 2**30
+
+
+@needs_libtpu
+@pytest.mark.parametrize('arguments, wanted', [
+  (['--topology=v9:2x2'], 'no TPU generation'),
+  (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'do not divide by 3'),
+  (['--topology=v5e:2x2', '--mean_tokens=100000'], '--mean-tokens=100000')])
+def test_the_command_refuses(arguments, wanted):
+  done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
+                        capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
