@@ -282,7 +282,7 @@ def test_a_batch_of_tied_groups_changes_no_weight_and_only_the_balance_moves_the
 
   # Up for experts with less than the mean load, down for those with more, by the rate; padding counts for none.
   first = jax.tree.map(lambda x: x[0], batch)
-  load = np.asarray(quick_jit(functools.partial(score, MODEL, sampling=SAMPLING))(variables(), first)[2])
+  load = np.asarray(quick_jit(functools.partial(score, Transformer(MODEL), sampling=SAMPLING))(variables(), first)[2])
   np.testing.assert_array_equal(load.sum(1), 64 * 2)  # 64 tokens pick 2 experts in each of the 2 layers
   assert len(np.unique(load)) > 1
   bias = new.router['moe']['ff']['bias']

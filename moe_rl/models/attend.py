@@ -81,7 +81,7 @@ def _kernel(layout, query, key, value, segments, interpret: bool = False):
     def one(q, k, v, segments):
       q, k, v = (a.swapaxes(0, 1) for a in (q, k, v))
       return kernel(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(0, 1)
-    return jax.lax.map(lambda row: one(*row), (q, k, v, segments))  # one after another: less memory
+    return jax.vmap(one)(q, k, v, segments)
   heads, rows = layout.spec('batch', None, 'head_work', None), layout.spec('batch', None)
   run = jax.shard_map(local, mesh=layout.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
   return run(query, key, value, segments)[:, :length]

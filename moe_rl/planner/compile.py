@@ -198,7 +198,7 @@ def read_buffers(text: str) -> dict[str, float]:
   memory = dict.fromkeys(('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'), 0.0)
   for line in text.splitlines():
     found = re.match(r'allocation \d+: size (\d+),(.*)', line)
-    if not found or re.search(r'color [1-9]', found.group(2)):
+    if not found or re.search(r'color [1-9]|thread-local', found.group(2)):  # other memories; views into callers' own
       continue
     size, rest = float(found.group(1)), found.group(2)
     parameter, out = re.search(r'\bparameter \d', rest), 'live-out' in rest or 'output shape' in rest

@@ -39,8 +39,8 @@ class Seconds:
 
   @property
   def apart(self) -> float:
-    """One after the other."""
-    return self.compute + self.hbm + self.interconnect
+    """The interconnect waits for the chip and the chip for it; HBM is read while the matrix units work."""
+    return max(self.compute, self.hbm) + self.interconnect
 
   @property
   def bound(self) -> str:
