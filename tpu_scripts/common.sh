@@ -1,13 +1,17 @@
 # shellcheck shell=bash
-# Sourced by install.sh and run.sh: the flags that both take, quoting, the two gcloud commands. Starts and
+# Sourced by the scripts beside it: the flags that all take, quoting, prices, the gcloud commands. Starts and
 # costs nothing. Runs on the researcher's own machine, so it keeps to what the bash 3.2 of macOS knows.
-# shellcheck disable=SC2034  # variables set here are read by the scripts that source this
+# shellcheck disable=SC2034,SC2154  # variables set here are read by the scripts that source this; `here` is theirs
 
 TPU_NAME=${TPU_NAME:-}
 TPU_ZONE=${TPU_ZONE:-}
 TPU_PROJECT=${TPU_PROJECT:-}
 dry_run=0
 force=0
+TPU_TYPE=${TPU_TYPE:-}
+spot=0
+runtime=
+poll=30  # seconds between two looks at a queued resource
 used=0  # how many arguments the last take_common_flag consumed
 
 die() {
@@ -102,4 +106,99 @@ on_every_host() {
 copy_to_every_host() {
   show_and_run gcloud compute tpus tpu-vm scp "$1" "$TPU_NAME:$2" \
     --zone="$TPU_ZONE" --project="$TPU_PROJECT" --worker=all
+}
+
+# The flags that say what to create.
+take_shape_flag() {
+  case $1 in
+    --type | --type=*) take_value TPU_TYPE --type "$@" ;;
+    --runtime | --runtime=*) take_value runtime --runtime "$@" ;;
+    --poll | --poll=*) take_value poll --poll "$@" ;;
+    --spot) spot=1 used=1 ;;
+  esac
+}
+
+# Sets generation, chips and runtime from TPU_TYPE. A v4 or v5p type counts cores, two a chip; the others chips.
+check_shape() {
+  local image count cores=1
+  check_word --type TPU_TYPE "$TPU_TYPE" '^[a-z0-9]+-[0-9x]+$' v5p-8
+  [[ $poll =~ ^[1-9][0-9]*$ ]] || die "--poll=$poll is no whole number of seconds above 0"
+  count=${TPU_TYPE##*-}
+  case ${TPU_TYPE%-*} in
+    v4) generation=v4 cores=2 image=tpu-ubuntu2204-base ;;
+    v5litepod) generation=v5e image=v2-alpha-tpuv5-lite ;;
+    v5p) generation=v5p cores=2 image=v2-alpha-tpuv5 ;;
+    v6e) generation=v6e image=v2-alpha-tpuv6e ;;
+    v5e) die "'$TPU_TYPE': Cloud TPU calls this generation v5litepod: --type=v5litepod-${count}" ;;
+    tpu7x) die "'$TPU_TYPE': Cloud TPU offers tpu7x through Kubernetes Engine alone, not as queued resources" ;;
+    *) die "'$TPU_TYPE' is no TPU type known here: v4-N, v5p-N (N cores), v5litepod-N or v6e-N (N chips)" ;;
+  esac
+  [[ $count =~ ^[1-9][0-9]{0,4}$ ]] || die "'$TPU_TYPE': after the dash comes a number, such as ${TPU_TYPE%-*}-8"
+  ((count % cores == 0)) || die "'$TPU_TYPE': the number after the dash must be a multiple of $cores, such as ${TPU_TYPE%-*}-8"
+  chips=$((count / cores))
+  runtime=${runtime:-$image}
+}
+
+# What is created, and its price from prices.txt beside this file.
+show_cost() {
+  awk -v generation="$generation" -v chips="$chips" -v spot="$spot" -v name="$TPU_NAME" -v type="$TPU_TYPE" '
+    $1 == generation {
+      price = spot ? $3 : $2
+      printf "Starts %s: %s, %d chips, %s. Costs about $%.2f an hour ($%.2f a chip-hour, %s; see prices.txt) until deleted.\n",
+        name, type, chips, spot ? "spot" : "on demand", price * chips, price, spot ? "estimate" : "list price"
+      found = 1
+    }
+    END { exit !found }' "$here/prices.txt" || die "$here/prices.txt has no price of $generation"
+}
+
+queued() {
+  local verb=$1
+  shift
+  queued_words=(gcloud compute tpus queued-resources "$verb" "$TPU_NAME" --zone="$TPU_ZONE" --project="$TPU_PROJECT" "$@")
+}
+
+# Runs gcloud ... describe, given as arguments; what it printed into `state`, ABSENT where there is no such thing.
+read_state() {
+  printf '+ %s\n' "$(quote_all "$@")"
+  state=UNKNOWN
+  ((!dry_run)) || return 0
+  if ! state=$("$@" 2>&1); then
+    [[ $state == *NOT_FOUND* || $state == *'not found'* ]] || die "gcloud could not say how $TPU_NAME is: $state"
+    state=ABSENT
+  fi
+}
+
+read_queued_state() {
+  queued describe '--format=value(state.state)'
+  read_state "${queued_words[@]}"
+}
+
+read_node_state() {
+  read_state gcloud compute tpus tpu-vm describe "$TPU_NAME" --zone="$TPU_ZONE" --project="$TPU_PROJECT" \
+    '--format=value(state)'
+}
+
+create_queued() {
+  queued create --node-id="$TPU_NAME" --accelerator-type="$TPU_TYPE" --runtime-version="$runtime"
+  if ((spot)); then queued_words+=(--spot); fi
+  show_and_run "${queued_words[@]}" || die "$TPU_NAME was not requested: see above"
+}
+
+delete_queued() {
+  queued delete --force --quiet
+  show_and_run "${queued_words[@]}" || die "$TPU_NAME was not deleted and may go on being billed: see above"
+}
+
+wait_until_active() {
+  ((!dry_run)) || return 0
+  while :; do
+    read_queued_state
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING | ABSENT)
+        die "$TPU_NAME is $state and will not become active: tpu_scripts/resume.sh requests it anew" ;;
+    esac
+    echo "$TPU_NAME is $state; looking again in $poll s. Ctrl-C ends the looking, not the request."
+    sleep "$poll"
+  done
 }

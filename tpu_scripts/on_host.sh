@@ -7,6 +7,8 @@
 # Usage: on_host.sh install FORCE COMMIT PYTHON   ~/moe_rl_tree.tar.gz into ~/moe_rl and ~/moe_rl_venv
 #        on_host.sh check                         exit 0 if a run could start here, else say why not
 #        on_host.sh start SECONDS ARGUMENTS       start moe_rl.main detached, watch it for so long
+#        on_host.sh alive                         exit 0 if a run is alive here
+#        on_host.sh collect WORKDIR               its curves into ~/moe_rl_curves.tar.gz, no checkpoints
 #        on_host.sh stop                          SIGTERM, two minutes to save, then SIGKILL
 set -euo pipefail
 
@@ -81,6 +83,24 @@ check() {
   fi
 }
 
+alive() {
+  run_is_alive || die 'no run is alive'
+  say "a run is alive (pid $(run_pid))"
+}
+
+collect() {
+  local file files=()
+  cd "$tree"
+  cd "$1" 2>/dev/null || die "there is no folder $1 on this host, as seen from $tree"
+  for file in events.out.tfevents.* metrics.jsonl evaluations.jsonl summary.json config.json; do
+    if [[ -e $file ]]; then files+=("$file"); fi
+  done
+  ((${#files[@]})) || die "$1 has no TensorBoard events: is it the --workdir of a run that has begun?"
+  # A run may be writing: tar then says that a file changed, which is no error here.
+  tar --warning=no-file-changed -czf "$HOME/moe_rl_curves.tar.gz" "${files[@]}" || (($? == 1))
+  say "${#files[@]} files of $1"
+}
+
 # Becomes the run: the process id stays the same, and the lock is inherited.
 hold_lock_and_run() {
   exec 9>"$lock"
@@ -139,7 +159,8 @@ stop() {
 mkdir -p "$logs"
 case ${1:-} in
   install) install_here "$2" "$3" "$4" ;;
-  check | stop) "$1" ;;
+  check | alive | stop) "$1" ;;
+  collect) collect "$2" ;;
   start | hold_lock_and_run) "$@" ;;
   *) die "unknown command '${1:-}'" ;;
 esac
