@@ -188,7 +188,7 @@ def check_table(model: ModelConfig, sizes: dict[str, int]):
   """Raises ValueError where a weight does not divide over the mesh axes that the sharding table gives it."""
   def over(logical):
     axes = meshes.TRAINING[logical]
-    return f'config.mesh {" x ".join(axes)}', math.prod(sizes[axis] for axis in axes)
+    return f'config.mesh.{" x ".join(axes)}', math.prod(sizes[axis] for axis in axes)
   for logical, what in (('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'),
                         ('head_work', 'heads'), ('mlp', 'dense_ff'), ('vocab', 'vocab_size')):
     divides(f'config.model.{what}', getattr(model, what), *over(logical))

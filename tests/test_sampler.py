@@ -96,7 +96,7 @@ def test_the_samplers_log_probs_equal_the_trainers_on_packed_rows(setting):
   ones = np.ones((5, GROUP), np.float32)
   packed, used = pack(rollout, ones, ones, row_tokens=40, microbatch_rows=6)
   assert packed.segments.max() >= 3  # several samples share a row
-  trainer = jit_for(setting)(functools.partial(score, model, sampling=sampling))
+  trainer = jit_for(setting)(functools.partial(score, Transformer(model), sampling=sampling))
   gaps = []
   for i in range(used):
     batch = jax.tree.map(lambda x, i=i: x[i], packed)
