@@ -128,8 +128,8 @@ BAD_PRETRAIN = {
   'no steps': (dict(pretrain=dict(steps=0)), 'config.pretrain.steps is 0'),
 }
 BAD_ON_EIGHT_DEVICES = {
-  'prompts': (dict(mesh=dict(fsdp=2)), 'config.rl.prompts_per_step 4', 'the mesh (data x fsdp x expert) 8', 'set it to 8'),
-  'microbatches': (dict(rl=dict(prompts_per_step=8)), 'config.rl.microbatch_rows 4', 'the mesh (data x fsdp x expert) 8'),
+  'prompts': (dict(mesh=dict(fsdp=2)), 'config.rl.prompts_per_step 4', '(data x fsdp x expert) 8', 'set it to 8'),
+  'microbatches': (dict(rl=dict(prompts_per_step=8)), 'config.rl.microbatch_rows 4', '(data x fsdp x expert) 8'),
   'experts': (dict(mesh=dict(expert=8)), 'config.model.experts 4', 'config.mesh.expert x tensor 8', 'set it to 8'),
   'heads': (dict(mesh=dict(tensor=4)), 'config.model.heads 2', 'config.mesh.tensor 4', 'set it to 4'),
   'width': (dict(mesh=dict(fsdp=8), model=dict(width=36)), 'config.model.width 36', 'config.mesh.fsdp 8', '32 or 40'),
