@@ -161,3 +161,16 @@ def test_the_command_refuses(arguments, wanted):
   done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_the_attention_kernel_counts_the_blocks_that_causality_leaves():
+  text = '\n'.join([
+    'HloModule m, num_partitions=1', '', 'ENTRY %main (a: bf16[2,8,1024,192]) -> bf16[2,8,1024,128] {',
+    '  %s = s8[1]{0} parameter(0)', '  %q = bf16[2,8,1024,192]{3,2,1,0} parameter(1)',
+    '  %v = bf16[2,8,1024,128]{3,2,1,0} parameter(2)',
+    '  ROOT %splash_mha_fwd_x.1 = bf16[2,8,1024,128]{3,2,1,0} custom-call(%s, %s, %q, %q, %v), '
+    'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{',
+    '"xprof_metadata":"{\\"block_q\\": 256, \\"block_kv\\": 512}"',
+    '}}', '}, execution_thread="main"'])
+  # Queries 0-255 and 256-511 see one block of 512 keys, the later two see both: 6 of 8 blocks of 256 x 512 pairs.
+  assert count.count(hlo.parse(text)).flops == 2 * 16 * 6 * 256 * 512 * (192 + 128)

@@ -10,6 +10,7 @@ from moe_rl.runtime.mesh import Layout
 QUERY_BLOCK, MOST_BLOCKS = 256, 16  # queries in a block of `attend`, and the most blocks a row is cut into
 MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 KERNEL_BLOCK, KERNEL_WIDE, KERNEL_UNIT = 512, 4096, 128  # the kernel's tiles at most; what lengths are padded to
+MOST_PARTS = 12
 
 
 def attend(query_NxTxHxK, key_NxTxHxK, value_NxTxHxV, segments_NxT, layout: Layout | None = None):
@@ -58,8 +59,10 @@ def _splash(heads: int, length: int, interpret: bool):
   """The kernel for [H, T, d] arrays, forward and fused backward."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
   block = next(b for b in (KERNEL_BLOCK, 256, KERNEL_UNIT) if length % b == 0)
-  # The fused backward kernel leaves a gradient of the queries for each of these blocks, to be summed: few are wanted.
-  wide = next(n for n in range(KERNEL_WIDE // block, 0, -1) if length // block % n == 0) * block
+  # The backward kernel leaves a gradient of the queries for each of these blocks, to be summed: few are wanted, and
+  # narrow ones, as the whole block is computed where any of it is seen.
+  widths = [n * block for n in range(1, KERNEL_WIDE // block + 1) if length // block % n == 0]
+  wide = next((w for w in widths if w >= 1024 and length // w <= MOST_PARTS), widths[-1])
   sizes = splash.splash_attention_kernel.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=wide,
     block_kv_dkv_compute=block, use_fused_bwd_kernel=True)

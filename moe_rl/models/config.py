@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+REMAT = ('none', 'dots', 'halves', 'full')
+
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
@@ -73,7 +75,9 @@ class ModelConfig:
   # How it runs; changes no number beyond rounding.
   compute_dtype: str = 'float32'
   param_dtype: str = 'float32'
-  remat: str = 'none'  # 'none', 'dots' (keep matrix products) or 'full' (keep layer inputs only)
+  # 'none', 'dots' (keep matrix products), 'halves' (keep the inputs of attention and of feed-forward) or 'full' (keep
+  # layer inputs only)
+  remat: str = 'none'
   expert_path: str = 'auto'  # 'auto', 'ragged', 'rounds' or 'dense': see moe.experts
 
   @property
@@ -107,7 +111,7 @@ class ModelConfig:
     (self._check_latent if self.attention == 'mla' else self._check_grouped)()
     need(0 <= self.dense_layers <= self.layers, f'dense_layers {self.dense_layers} not in 0..{self.layers}')
     need(self.score in ('sigmoid', 'softmax'), f"score '{self.score}': use 'sigmoid' or 'softmax'")
-    need(self.remat in ('none', 'dots', 'full'), f"remat '{self.remat}': use 'none', 'dots' or 'full'")
+    need(self.remat in REMAT, f"remat '{self.remat}': use one of {', '.join(REMAT)}")
     need(self.expert_path in ('auto', 'ragged', 'rounds', 'dense'),
          f"expert_path '{self.expert_path}': use 'auto', 'ragged', 'rounds' or 'dense'")
     need(self.mtp_layers in (0, 1), f'mtp_layers {self.mtp_layers}: only 0 and 1 exist')
@@ -218,7 +222,7 @@ PRESETS: dict[str, dict] = {
     vocab_size=129_280, layers=61, dense_layers=3, width=7168, dense_ff=18_432, heads=128, q_lora=1536,
     kv_lora=512, nope_dim=128, rope_dim=64, v_dim=128, experts=256, shared_experts=1, top_k=8, expert_ff=2048,
     groups=8, kept_groups=4, route_scale=2.5, mtp_layers=1, yarn=Yarn(), max_length=163_840,
-    compute_dtype='bfloat16', remat='full'),
+    compute_dtype='bfloat16', remat='halves'),
   'qwen2_5_1_5b': _QWEN2_1_5B,
   'qwen2_5_math_1_5b': _QWEN2_1_5B | _MATH,
   'r1_distill_qwen_1_5b': _QWEN2_1_5B | dict(rope_theta=10_000.0, tied=False),

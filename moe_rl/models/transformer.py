@@ -7,6 +7,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import ModelConfig
@@ -16,6 +17,7 @@ from moe_rl.models.moe import MoE, RouterStats
 from moe_rl.runtime.mesh import Layout
 
 RESIDUAL = ('batch', 'places', None)  # logical axes of [N, T, D] between blocks
+MIDDLE = 'between attention and feed-forward'  # what remat 'halves' keeps
 
 
 @flax.struct.dataclass
@@ -44,7 +46,8 @@ class Block(nn.Module):
 
   def __call__(self, x, positions, segments, with_cells):
     attended, cells = self.attention(self.attention_norm(x), positions, segments)
-    x, stats = self.feed_forward(place(self, x + attended, *RESIDUAL), segments > 0)
+    x = checkpoint_name(place(self, x + attended, *RESIDUAL), MIDDLE)
+    x, stats = self.feed_forward(x, segments > 0)
     return x, (cells if with_cells else None, stats)
 
   def decode(self, x, cells, positions, prompt_length, own_length):
@@ -64,7 +67,8 @@ def rematerialised(config: ModelConfig) -> type[nn.Module]:
   """Block, keeping for the backward pass what config.remat says."""
   if config.remat == 'none':
     return Block
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == 'dots' else None
+  policy = {'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            'halves': jax.checkpoint_policies.save_only_these_names(MIDDLE), 'full': None}[config.remat]
   return nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 
+from moe_rl.planner import kernels
 from moe_rl.planner.hlo import Computation, Instruction, Module, Scope, Shape, Trips, enter, groups
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
@@ -156,7 +157,10 @@ class Counting:
       return 2 * computation.operand(i, 0).shapes[0].size * i.shapes[0].dims[-1]
     if i.opcode == 'convolution':
       return convolution_flops(i, *(computation.operand(i, n).shapes[0] for n in (0, 1)))
-    return _told(i, 'flops') if i.opcode == 'custom-call' else 0.0
+    if i.opcode == 'custom-call':
+      attention = kernels.attention_flops(computation, i)
+      return _told(i, 'flops') if attention is None else attention
+    return 0.0
 
   def traffic(self, computation: Computation, i: Instruction) -> float:
     """HBM bytes that an operation outside fusions reads and writes."""

@@ -94,6 +94,7 @@ class Module:
 
 
 HEADER = re.compile(r'^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$')
+END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 LINE = re.compile(r'^\s*(ROOT\s+)?%?([\w.\-]+)\s+=\s+(.*)$')
 ARRAY = re.compile(r'(\w+)\[([\d,<=]*)\](\{[^}]*\})?')
 
@@ -101,12 +102,12 @@ ARRAY = re.compile(r'(\w+)\[([\d,<=]*)\](\{[^}]*\})?')
 def parse(text: str) -> Module:
   """A module's text, as `compiled.as_text()` or the compiler's dump has it. Raises ValueError if there is none."""
   computations, entry, current, root = {}, None, None, None
-  for line in text.splitlines():
+  for line in logical_lines(text):
     if current is None:
       header = HEADER.match(line)
       if header:
         current, root = (header.group(2), {}, bool(header.group(1))), None
-    elif line.startswith('}'):
+    elif END.match(line):
       name, instructions, is_entry = current
       computation = Computation(name, instructions, root or list(instructions.values())[-1])
       computations[name] = computation
@@ -120,6 +121,20 @@ def parse(text: str) -> Module:
   head = text[:text.find('\n')]
   counts = (re.search(rf'{key}=(\d+)', head) for key in ('num_partitions', 'replica_count'))
   return Module(computations, entry, math.prod(int(c.group(1)) for c in counts if c))
+
+
+def logical_lines(text: str):
+  """Lines of a module, an instruction each: what a kernel carries may have line breaks of its own, which go on at the
+  margin."""
+  held = ''
+  for line in text.splitlines():
+    if held.startswith(' ') and line and not line[0].isspace() and not END.match(line):
+      held += line
+    else:
+      if held:
+        yield held
+      held = line
+  yield held
 
 
 def parse_instruction(name: str, text: str) -> Instruction:

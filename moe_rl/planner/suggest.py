@@ -6,12 +6,12 @@ import math
 import ml_collections
 
 from moe_rl import config as configs
+from moe_rl.models.config import REMAT
 from moe_rl.models.transformer import parameter_count
 from moe_rl.planner import programs
 from moe_rl.planner.topologies import GIB, Topology, factors
 from moe_rl.runtime.mesh import AXES
 
-REMAT = ('none', 'dots', 'full')
 STATE_COPIES = {'rl': 4, 'pretrain': 4}  # of the weights: themselves, gradients, two moments; a reference is one more
 
 
