@@ -130,7 +130,7 @@ def test_the_prediction_module_of_v3_is_one_expert_layer_a_projection_and_its_no
     (dict(rope_dim=5), 'rope_dim 5 must be even'),
     (dict(dense_layers=4), 'dense_layers 4 not in 0..3'),
     (dict(score='tanh'), "score 'tanh': use 'sigmoid' or 'softmax'"),
-    (dict(remat='some'), "remat 'some': use 'none', 'dots' or 'full'"),
+    (dict(remat='some'), "remat 'some': use one of none, dots, halves, full"),
     (dict(expert_path='fast'), "expert_path 'fast': use 'auto', 'ragged', 'rounds' or 'dense'"),
     (dict(mtp_layers=2), 'mtp_layers 2: only 0 and 1 exist'),
 ])
@@ -261,9 +261,9 @@ def remat_program(remat: str):
 
 
 def test_rematerialisation_changes_memory_and_no_number():
-  results = {remat: remat_program(remat) for remat in ('none', 'dots', 'full')}
+  results = {remat: remat_program(remat) for remat in ('none', 'dots', 'halves', 'full')}
   (loss, gradient), memory = results['none']
-  for remat in ('dots', 'full'):
+  for remat in ('dots', 'halves', 'full'):
     (other_loss, other_gradient), _ = results[remat]
     # Recomputed products round as the first ones do, but XLA fuses them with other neighbours: 1e-5 of each array's
     # largest entry is some hundred roundings.
