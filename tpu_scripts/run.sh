@@ -12,7 +12,7 @@
 #   --dry-run   print each gcloud command and run none
 #   --help      this text
 # ARGUMENTS go to moe_rl.main as they are, spaces and quotes included. On several hosts the workdir must be
-# one that all of them reach, such as gs://BUCKET/RUN.
+# one that all of them reach, such as a mounted bucket or disk.
 #
 # Refuses while a run is alive on any host. Each host logs to ~/moe_rl_logs; how to follow the log and how to
 # stop the run is printed. Example, with TPU_NAME, TPU_ZONE and TPU_PROJECT set:
