@@ -151,7 +151,8 @@ def test_matrices_start_from_the_configs_spread_and_biases_from_zero():
 
 def test_weight_decay_spares_biases_and_norms():
   config = ml_collections.ConfigDict(dict(optim=dict(
-    lr=0.1, final_lr=0.1, warmup_steps=0, beta1=0.9, beta2=0.95, weight_decay=0.5, clip_norm=0.0)))
+    lr=0.1, final_lr=0.1, warmup_steps=0, beta1=0.9, beta2=0.95, weight_decay=0.5, moment_dtype='float32',
+    clip_norm=0.0)))
   params = {'attention': {'q': np.ones(2), 'q_bias': np.ones(2), 'q_norm': {'scale': np.ones(2)}}, 'embed': np.ones(2)}
   optimizer = make_optimizer(config, 10)
   updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
