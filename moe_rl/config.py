@@ -168,7 +168,7 @@ def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | s
          f'set it to {vocab_size} or more')
   sizes = mesh_sizes(config, devices)
   check_table(model, sizes)
-  rows_over = math.prod(sizes[axis] for axis in meshes.TRAINING['batch'])
+  rows_over = meshes.rows_over(sizes)
   if 'optim' in STAGES[config.stage]:
     _validate_training(config)
   check = {'pretrain': _validate_pretrain, 'rl': _validate_rl, 'export': _validate_export}[config.stage]

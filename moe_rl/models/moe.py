@@ -142,34 +142,25 @@ def _ragged(x, picked, gate, w_gate, w_up, w_down):
   return _ragged_forward(x, picked, gate, w_gate, w_up, w_down)[0]
 
 
-def _sorted(picked, num_experts):
-  """(order of the pairs by expert, pairs of each expert, whether a place holds a pair of any, [pairs, 1])."""
-  order = jnp.argsort(picked.reshape(-1), stable=True)
-  sizes = jnp.bincount(picked.reshape(-1), length=num_experts + 1)[:-1].astype(jnp.int32)
-  return order, sizes, (jnp.arange(picked.size) < sizes.sum())[:, None]
-
-
-def _unsorted(rows, order, top_k):
-  """[pairs, ...] -> [n, K, ...], pairs back in their order."""
-  back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-  return rows[back].reshape(-1, top_k, *rows.shape[1:])
+def _pairs(picked, num_experts):
+  """(the pairs by expert, pairs of each expert, whether a place holds a pair of any, [pairs, 1])."""
+  pairs = expert_parallel.Pairs(picked, num_experts)
+  return pairs, pairs.count_E, (jnp.arange(picked.size) < pairs.count_E.sum())[:, None]
 
 
 def _ragged_forward(x, picked, gate, w_gate, w_up, w_down):
-  top_k = picked.shape[1]
-  order, sizes, used = _sorted(picked, w_gate.shape[0])
-  rows = x[order // top_k]
+  pairs, sizes, used = _pairs(picked, w_gate.shape[0])
+  rows = pairs.of_tokens(x)
   hidden = nn.silu(jax.lax.ragged_dot(rows, w_gate, sizes)) * jax.lax.ragged_dot(rows, w_up, sizes)
   # Rows beyond the last group belong to no expert; what a backend leaves there is undefined.
-  y = jnp.where(used, jax.lax.ragged_dot(hidden, w_down, sizes), 0) * gate.reshape(-1)[order][:, None]
-  return _unsorted(y, order, top_k).sum(1), (x, picked, gate, w_gate, w_up, w_down)
+  y = jnp.where(used, jax.lax.ragged_dot(hidden, w_down, sizes), 0) * pairs.of_picks(gate)[:, None]
+  return pairs.by_pick(y).sum(1), (x, picked, gate, w_gate, w_up, w_down)
 
 
 def _ragged_backward(saved, dy):
   x, picked, gate, w_gate, w_up, w_down = saved
-  top_k = picked.shape[1]
-  order, sizes, used = _sorted(picked, w_gate.shape[0])
-  rows, drows, gates = x[order // top_k], dy[order // top_k], gate.reshape(-1)[order][:, None]
+  pairs, sizes, used = _pairs(picked, w_gate.shape[0])
+  rows, drows, gates = pairs.of_tokens(x), pairs.of_tokens(dy), pairs.of_picks(gate)[:, None]
 
   def product_and_pullback(rows, w):
     out, pullback = jax.vjp(lambda rows, w: jax.lax.ragged_dot(rows, w, sizes), rows, w)
@@ -186,8 +177,8 @@ def _ragged_backward(saved, dy):
   dhidden = dhidden * gates
   (dx_gate, dw_gate), (dx_up, dw_up) = (
     pull_gate(dhidden * b * (sigmoid + silu * (1 - sigmoid))), pull_up(dhidden * silu))
-  dx = _unsorted(jnp.where(used, dx_gate + dx_up, 0), order, top_k).sum(1)
-  return dx, None, _unsorted(dgate, order, top_k), dw_gate, dw_up, dw_down
+  dx = pairs.by_pick(jnp.where(used, dx_gate + dx_up, 0)).sum(1)
+  return dx, None, pairs.by_pick(dgate), dw_gate, dw_up, dw_down
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)

@@ -190,7 +190,7 @@ class MTP(nn.Module):
 def for_compute(config: ModelConfig, params: dict) -> dict:
   """The weights in compute_dtype where they lie, all but those that are used in their own precision (norms, router).
 
-  Taken once at the head of a program, so that what is gathered, and what gradients are scattered in, is compute_dtype.
+  Taken at the head of a microbatch, so that what is gathered, and what gradients are scattered in, is compute_dtype.
   """
   def cast(path, x):
     own = any(word in jax.tree_util.keystr(path) for word in ("'scale'", "'router'"))
@@ -199,8 +199,8 @@ def for_compute(config: ModelConfig, params: dict) -> dict:
 
 
 def whole_vocabulary(net: Transformer, params: dict) -> dict:
-  """The weights with embedding and unembedding gathered over all mesh axes but the vocabulary's: once a program, rather
-  than once a chunk of tokens."""
+  """The weights with embedding and unembedding gathered over all mesh axes but the vocabulary's: once a microbatch,
+  rather than once a chunk of tokens."""
   axes = {'embed': ('vocab', None), 'unembed': (None, 'vocab')}
   return params | {name: place(net, params[name], *axes[name]) for name in axes if name in params}
 

@@ -18,9 +18,7 @@ import sys
 import tempfile
 import time
 
-from moe_rl.planner.topologies import Topology, require_libtpu
-
-GIB = 2**30
+from moe_rl.planner.topologies import GIB, Topology, require_libtpu
 
 
 @dataclasses.dataclass(frozen=True)

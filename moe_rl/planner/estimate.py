@@ -12,6 +12,7 @@ from moe_rl.planner.compile import Compilation, Compiled
 from moe_rl.planner.cost import Network, Seconds
 from moe_rl.planner.prices import CHIP_HOUR
 from moe_rl.planner.topologies import Topology
+from moe_rl.rl.objectives import chosen
 from moe_rl.runtime import costs
 
 
@@ -78,7 +79,7 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
 
   def parts(prompts, group):
     return costs.grpo_flops(model, np.full(prompts, s.max_prompt_tokens), np.full((prompts, group), mean),
-      r.kl_weight > 0)
+                            chosen(r).kl_weight > 0)
   evaluations = math.ceil(e.problems / evaluated) / e.every if e.every else 0.0
   flops = parts(whole, r.group_size)
   assumed = [

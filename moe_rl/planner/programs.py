@@ -1,7 +1,6 @@
 """The programs of an experiment, made for a slice: config -> checks -> mesh -> stage -> `programs()`."""
 
 import dataclasses
-import math
 
 import ml_collections
 
@@ -48,12 +47,11 @@ def for_planning(config, prompt_tokens: int):
 def check(config, devices: int) -> tuple[dict, object]:
   """(mesh sizes, config with its lengths). Raises ValueError with the remedy for what does not divide or fit."""
   from moe_rl import config as configs
-  from moe_rl.runtime.mesh import TRAINING
+  from moe_rl.runtime.mesh import rows_over
   configs.validate(config, devices, vocab_size=0)
   sizes = configs.mesh_sizes(config, devices)
   if config.stage == 'rl':
-    rows_over = math.prod(sizes[axis] for axis in TRAINING['batch'])
-    config = configs.with_lengths(config, config.sampling.max_prompt_tokens, rows_over)
+    config = configs.with_lengths(config, config.sampling.max_prompt_tokens, rows_over(sizes))
   return sizes, config
 
 

@@ -10,9 +10,10 @@ from moe_rl.models.config import REMAT
 from moe_rl.models.transformer import parameter_count
 from moe_rl.planner import programs
 from moe_rl.planner.topologies import GIB, Topology, factors
+from moe_rl.rl.objectives import chosen
 from moe_rl.runtime.mesh import AXES
 
-STATE_COPIES = {'rl': 4, 'pretrain': 4}  # of the weights: themselves, gradients, two moments; a reference is one more
+STATE_COPIES = 4  # of the weights: themselves, gradients, two moments; a reference is one more
 
 
 def candidates(config, topology: Topology, prompt_tokens: int) -> list:
@@ -21,7 +22,7 @@ def candidates(config, topology: Topology, prompt_tokens: int) -> list:
   none."""
   base = programs.for_planning(config, prompt_tokens)
   model, out, why = configs.model_config(base), [], ''
-  copies = STATE_COPIES[base.stage] + (base.stage == 'rl' and base.rl.kl_weight > 0)
+  copies = STATE_COPIES + (base.stage == 'rl' and chosen(base.rl).kl_weight > 0)
   state = copies * parameter_count(model) * (4 if model.param_dtype == 'float32' else 2)
   for sizes in factors(topology.devices, len(AXES)):
     mesh = dict(zip(AXES, sizes, strict=True))

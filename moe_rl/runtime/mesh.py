@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -104,9 +105,9 @@ def abstract(shapes, placed):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
-def rows_over(mesh: Mesh) -> int:
-  """Over how many devices the rows of a batch are split."""
-  return math.prod(mesh.shape[a] for a in TRAINING['batch'])
+def rows_over(sizes: Mapping[str, int]) -> int:
+  """Over how many devices the rows of a batch are split; sizes by axis, such as `mesh.shape`."""
+  return math.prod(sizes[a] for a in TRAINING['batch'])
 
 
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -210,7 +210,7 @@ def grade(pool: RewardPool, prompts, texts, weighted: tuple[terms.Term, ...] = (
 def run(config, workdir, mesh) -> dict:
   """Trains to config.rl.steps from wherever the workdir is, and returns (and writes) the summary."""
   prompts = load_prompts(config, load_tokenizer(config.tokenizer))
-  lengths = configs.with_lengths(config, prompts.longest, meshes.rows_over(mesh))
+  lengths = configs.with_lengths(config, prompts.longest, meshes.rows_over(mesh.shape))
   folder, config = Run(config, workdir), lengths
   if summary := folder.finished():
     folder.close()
