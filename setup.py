@@ -30,10 +30,12 @@ HF = [  # released checkpoints and their tokenizers
   'jinja2>=3.1',  # chat templates
   'tokenizers>=0.21',
 ]
+PARQUET = ['pyarrow>=18']
 PLAN = ['libtpu>=0.0.40']  # the TPU compiler; it works on machines without a TPU
 TEST = [
   *HF,
   *PLAN,
+  *PARQUET,
   *NOTEBOOKS,  # the notebooks are executed by the tests
   'chex>=0.1.91',
   'hypothesis>=6.100',
@@ -74,6 +76,7 @@ setup(
     'gpu': ['jax[cuda12]>=0.10.2'],  # cuda12 runs on older drivers too; for CUDA 13 add jax[cuda13] instead
     'hf': HF,
     'notebooks': NOTEBOOKS,
+    'parquet': PARQUET,  # problems and traces in Parquet files
     'plan': PLAN,
     'test': TEST,
     'dev': [*TEST, 'pre-commit>=4', 'pre-commit-hooks>=5'],

@@ -1,7 +1,8 @@
 """Pre-training (DeepSeek-V3, arXiv:2412.19437, sec. 4.2).
 
-`tiny` makes the embedded base: a small DeepSeek-V3-style model on text of mixed care (moe_rl/data/corpus.py). Every
-other preset has V3's published settings; planned, not yet run at those sizes.
+`tiny` makes the embedded base: a small DeepSeek-V3-style model on text of mixed care (moe_rl/data/corpus.py);
+`tiny_dense` a dense student on the same text. Every other preset has V3's published settings; planned, not yet run at
+those sizes.
 """
 
 from moe_rl.config import base_config
@@ -10,11 +11,11 @@ from moe_rl.config import base_config
 def get_config(preset: str = 'tiny'):
   config = base_config(preset, 'pretrain')
   config.optim.weight_decay = 0.1
-  if preset == 'tiny':
+  if preset in ('tiny', 'tiny_dense'):
     config.optim.lr = 3e-3
     config.optim.final_lr = 3e-5
     config.optim.warmup_steps = 50
-    config.pretrain.steps = 1700
+    config.pretrain.steps = 1700 if preset == 'tiny' else 900
     config.pretrain.rows_per_step = 32
     config.pretrain.row_tokens = 128
     config.checkpoint.every = 250

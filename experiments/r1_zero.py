@@ -8,15 +8,42 @@ where they are published: 512 questions x 16 samples a rollout, 16 updates of 51
 3e-6, KL 0.001, temperature 1, reference refreshed every 400 updates = 25 rollouts, accuracy and format of equal weight,
 32,768 tokens (the paper doubles them at update 8,200). Not published, ours: clip range, AdamW betas, loss denominator.
 Not yet run at those sizes.
+
+`PRESET@SLICE` adds what makes it fit a TPU slice, such as `moonlight_16b@v5p:2x2x4`: the table is below, the plans are
+in plans/. A rollout of 8,192 samples wants a pod's memory for its cache; a smaller slice takes a part of it in as many
+times more steps. So updates (512 samples each), samples and the reference's refreshes stay the paper's in number; what
+it changes is that the policy which samples is newer.
 """
 
 from moe_rl.config import base_config
+from moe_rl.refusals import refuse
+
+# Where a cache of 57 kB a token and the state of a dense model share little memory: short answers, moments as V3 has
+# them, several rows in a microbatch, as weights are gathered once in it, and an evaluation no larger than a rollout.
+TIGHT = {'sampling.max_new_tokens': 2048, 'optim.moment_dtype': 'bfloat16', 'rl.microbatch_rows': 16,
+         'eval.problems': 64, 'eval.samples': 16}
+# Preset -> slice -> (a step's rollout is the paper's over this, what else differs).
+SLICES = {
+  'moonlight_16b': {
+    'v5p:2x2x4': (4, {'mesh.data': 1, 'mesh.fsdp': 1, 'mesh.expert': 16}),
+    'v6e:8x8': (4, {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.expert': 16}),
+  },
+  'qwen2_5_7b': {
+    'v5e:4x4': (16, {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.tensor': 4} | TIGHT),
+    'v6e:2x4': (16, {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 4} | TIGHT),
+  },
+}
 
 
 def get_config(preset: str = 'tiny'):
+  preset, at, topology = preset.partition('@')
   config = base_config(preset)
-  if preset == 'tiny':
-    config.init_from = 'embedded'
+  known = ', '.join(f'{p}@{s}' for p in SLICES for s in SLICES[p])
+  refuse(at and topology not in SLICES.get(preset, {}),
+         f"'{preset}@{topology}' is not in the table of experiments/r1_zero.py, which has {known}: set config.mesh "
+         'yourself; `python -m moe_rl.plan --suggest` finds one')
+  if preset in ('tiny', 'tiny_dense'):
+    config.init_from = 'embedded' if preset == 'tiny' else ''  # no dense base is in the package: name one
     config.optim.lr, config.optim.final_lr = 2.5e-4, 4e-5
     config.optim.warmup_steps, config.optim.beta2 = 10, 0.99  # Adam's first full-size steps can break the base's sums
     config.optim.clip_norm = 0.25  # the median gradient; later ones of few untied groups are up to five times larger
@@ -34,4 +61,15 @@ def get_config(preset: str = 'tiny'):
   config.rewards.weights = 'accuracy=1,format=1'
   config.rewards.workers = 16
   config.eval.every, config.checkpoint.every = 10, 5
+  if at:
+    for_slice(config, *SLICES[preset][topology])
   return config
+
+
+def for_slice(config, part: int, changes: dict):
+  """Takes 1 / part of a rollout in a step, part times as many steps."""
+  for key in ('prompts_per_step', 'minibatches'):
+    config.rl[key] //= part
+  for section, key in (('rl', 'steps'), ('rl', 'reference_every'), ('eval', 'every'), ('checkpoint', 'every')):
+    config[section][key] *= part
+  config.update_from_flattened_dict(changes)

@@ -1,27 +1,28 @@
-"""The experiment's config: one base with every key and its unit, and the check of it before any compile."""
+"""The experiment's config: one base with every key and its unit, lists of stages, and what is derived from them."""
 
 import dataclasses
 import difflib
-import math
 
 import ml_collections
 from ml_collections import config_dict
 
 from moe_rl.data.corpus import Mix
-from moe_rl.data.problem_formats import FORMATS
 from moe_rl.data.tasks import Chain
-from moe_rl.data.templates import NAMES as TEMPLATES
 from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
-from moe_rl.models.hf_config import family
-from moe_rl.rl import objectives
-from moe_rl.rl.rewards import terms
-from moe_rl.runtime import mesh as meshes
+from moe_rl.refusals import choose, refuse
 
-MICROBATCH_TOKENS = 2048  # a device, where rl.microbatch_rows is left to be derived
+EVAL_SAMPLES = 512  # at once, about, where RL evaluates
+MICROBATCH_TOKENS = 2048  # a device, where microbatch_rows is left to be derived
 TRAINING = ('task', 'optim', 'checkpoint')
 # Stage -> the sections that it reads; those that are named nowhere here are read by all.
-STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'rl': (*TRAINING, 'rl', 'sampling', 'rewards', 'eval'),
-          'export': ()}
+STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'sft': ('optim', 'checkpoint', 'sft'),
+          'rl': (*TRAINING, 'rl', 'sampling', 'rewards', 'eval'),
+          'evaluate': ('task', 'sampling', 'rewards', 'eval'), 'sample': ('task', 'sampling', 'rewards', 'sample'),
+          'reward_model': ('optim', 'checkpoint', 'reward_model'), 'general_data': ('general_data',), 'export': ()}
+# Keys of those sections that a stage does not read, and does not show.
+UNREAD = {'rl': ('sampling.batch_samples',),
+          'evaluate': ('eval.every', 'sampling.temperature', 'sampling.top_k', 'sampling.top_p', 'task.decontaminate'),
+          'sample': ('task.eval_path', 'rewards.weights')}
 
 
 def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.ConfigDict:
@@ -35,14 +36,15 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
     raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
                                                 f": use one of {', '.join(PRESETS)}"))
   c = ml_collections.ConfigDict()
-  c.stage = stage  # 'pretrain', 'rl' or 'export'
+  c.stage = stage  # a key of STAGES
   c.seed = 0
-  c.model = own_fields(ModelConfig(**PRESETS[preset]))  # the keys that this kind of model reads
+  fields = PRESETS[preset] | (dict(head='scalar', mtp_layers=0) if stage == 'reward_model' else {})
+  c.model = own_fields(ModelConfig(**fields))  # the keys that this kind of model reads
   for key in ('yarn', 'llama3'):
     if key in c.model and c.model[key] is None:  # a placeholder keeps the key's type open: None or a section
       c.model[key] = config_dict.placeholder(ml_collections.ConfigDict)
-  # '': random weights; 'embedded': the base in the package; or a Hugging Face folder, a hub id (ORGANISATION/NAME), a
-  # .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
+  # '': random weights; 'embedded', 'embedded_dense': the bases in the package; or a Hugging Face folder, a hub id
+  # (ORGANISATION/NAME), a .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
   c.init_from = ''
   c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model, of a tokenizer.json or of a folder with one
   c.template = 'short'  # 'short', 'r1_zero', 'r1', 'r1_think', or 'chat': the tokenizer's own chat template
@@ -51,10 +53,14 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.task.name = 'chain'  # 'chain' (procedural), or 'gsm8k', 'math', 'countdown', 'choice', 'mbpp', 'jsonl' (files)
   c.task.path = ''  # training problems of a file task
   c.task.eval_path = ''  # its held-out problems; '': the last eval.problems of `path`, which then are not trained on
+  c.task.decontaminate = ''  # evaluation files, by commas: training problems that share 10 words with one are left out
+  c.task.general_path = ''  # general prompts of RL, JSON lines with `question` only; '': none
   c.task.seed = 0
   c.task.min_terms = 4
   c.task.max_terms = 8
   c.task.max_total = 50
+
+  c.device_hour = 0.0  # $ of one device for an hour, for the summary's costs; 0: as in planner/prices.py, CPUs nothing
 
   c.mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1: whatever is left
   c.mesh.data = -1
@@ -82,10 +88,24 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.pretrain.bias_rate = 1e-3  # router bias a step, gamma of V3 sec. 2.1.2
   c.corpus = dataclasses.asdict(Mix())
 
+  c.sft = ml_collections.ConfigDict()
+  c.sft.path = ''  # traces, JSON lines with question and response: FILE, or FILE,FILE,…; FILE@N: its first N traces
+  c.sft.epochs = 2
+  c.sft.rows_per_step = 32  # packed rows
+  c.sft.row_tokens = 0  # width of a packed row; longer examples are left out, counted and named; 0: as the longest
+  c.sft.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
+  c.sft.balance_weight = 0.0  # alpha of V3 eq. 17
+  c.sft.bias_rate = 0.0  # router bias a step
+  c.sft.teacher = ''  # weights to distil from, named as in init_from, with the same vocabulary; '': text alone
+  c.sft.teacher_weight = 0.5  # loss = (1 - teacher_weight) cross-entropy + teacher_weight divergence
+  c.sft.divergence = 'forward'  # 'forward': KL(teacher || student), 'reverse': KL(student || teacher)
+
   c.rl = ml_collections.ConfigDict()
   c.rl.steps = 100  # rollouts
   c.rl.prompts_per_step = 32
   c.rl.group_size = 8  # completions a prompt
+  c.rl.general_share = 0.0  # of a step's prompts, where there is task.general_path
+  c.rl.general_from = 0  # steps before general prompts are mixed in; R1: 1,300 of 1,700
   c.rl.minibatches = 1  # optimizer updates a rollout
   c.rl.epochs = 1  # passes over a rollout
   # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
@@ -109,33 +129,87 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
   c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
 
-  c.sampling = ml_collections.ConfigDict()  # of the rollouts
+  c.sampling = ml_collections.ConfigDict()  # of the rollouts, and of rejection sampling
   c.sampling.temperature = 1.0
   c.sampling.top_k = 0  # 0: off
   c.sampling.top_p = 1.0
   c.sampling.max_prompt_tokens = 0  # longer prompts are left out, counted and named; 0: as the task needs
   c.sampling.max_new_tokens = 96
+  c.sampling.batch_samples = 512  # at once, about: what memory holds
 
   c.rewards = ml_collections.ConfigDict()
   # Terms and weights; also language[:xx], repetition[:n], length, overlong[:n]: the table is in rl/rewards/terms.py
   c.rewards.weights = 'accuracy=1,format=0.1'
+  c.rewards.model = ''  # for the term `model`: workdir of a run of the stage reward_model
   c.rewards.timeout_s = 5.0  # wall seconds an answer
   c.rewards.workers = 2  # processes
   c.rewards.memory_mb = 2048  # a worker
 
   c.eval = ml_collections.ConfigDict()
   c.eval.every = 20  # steps; 0: only before and after
-  c.eval.problems = 256
+  c.eval.problems = 256  # the first of the task; 0: all of the file (stage 'evaluate')
   c.eval.samples = 4  # a problem
   c.eval.temperature = 1.0
   c.eval.top_p = 1.0
+  c.eval.language = ''  # that thinking is measured against, such as 'en'; '': the question's
+
+  c.sample = ml_collections.ConfigDict()  # rejection sampling
+  c.sample.prompts = 0  # the first of the training problems; 0: all of the file
+  c.sample.samples = 16  # a prompt
+  c.sample.well_formed = True  # the format term must be 1: `<think> … </think> <answer> … </answer>`
+  c.sample.language = ''  # that the thinking must be in, such as 'en'; '': the question's
+  c.sample.min_language = 0.9  # least share of its words, 0 to 1; there is none without thinking
+  c.sample.min_repetition = -0.2  # least repetition term, -1 to 0: minus the share of repeated runs of 8 words
+  c.sample.keep = 'all'  # of a prompt's good samples: 'all', 'one' (the first), 'shortest' or 'longest'
+
+  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model.kind = 'helpfulness'  # pairs, by the final summary alone; 'safety': whole responses, safe or not
+  c.reward_model.path = ''  # JSON lines: question, chosen, rejected; or question, response, safe (true or false)
+  c.reward_model.eval_path = ''  # held-out ones; '': the last `held_out` of `path`, which then are not trained on
+  c.reward_model.held_out = 200  # examples
+  c.reward_model.balance_lengths = True  # leaves out pairs until the better answers are as long as the others
+  c.reward_model.epochs = 1
+  c.reward_model.examples_per_step = 256  # pairs, or responses
+  c.reward_model.row_tokens = 0  # longer examples (a pair is one) are left out; 0: derived from the longest
+  c.reward_model.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
+  c.reward_model.eval_every = 0  # steps; 0: only before and after
+
+  c.general_data = ml_collections.ConfigDict()  # lines of what data/general.py writes for the tiny model
+  c.general_data.traces = 500
+  c.general_data.pairs = 1000
+  c.general_data.prompts = 200
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 20  # steps; 0: only at the end
   c.checkpoint.keep = 2
   for section in set().union(*STAGES.values()).difference(STAGES[stage]):
     del c[section]
+  for key in UNREAD.get(stage, ()):
+    section, _, name = key.partition('.')
+    del c[section][name]
   return c
+
+
+def pipeline_config(preset: str = 'tiny') -> ml_collections.ConfigDict:
+  """A list of stages that is still empty (`add_stage`), and the evaluation of their weights.
+
+  order: names of stages, as they are run; rows: those whose weights are evaluated afterwards; given: name -> init_from
+  of weights that are evaluated before all. In any text of a stage's config `{NAME}` is the folder of stage NAME.
+  """
+  c = ml_collections.ConfigDict({'stage': 'pipeline', 'seed': 0, 'tokenizer': 'tiny', 'order': (), 'rows': (),
+                                 'given': {}, 'stages': {}})
+  c.evaluation = base_config(preset, 'evaluate')
+  c.evaluation.seed, c.evaluation.tokenizer = c.get_ref('seed'), c.get_ref('tokenizer')
+  c.evaluation.init_from = '{each}'  # of the rows, in their turn
+  return c
+
+
+def add_stage(config, name: str, stage: str, preset: str = 'tiny') -> ml_collections.ConfigDict:
+  """Appends a stage to a pipeline and returns its config, which shares the pipeline's seed and tokenizer."""
+  section = base_config(preset, stage)
+  section.seed, section.tokenizer = config.get_ref('seed'), config.get_ref('tokenizer')
+  config.stages[name], config.order = section, (*config.order, name)
+  return section
 
 
 def model_config(config) -> ModelConfig:
@@ -152,147 +226,20 @@ def corpus_mix(config) -> Mix:
   return Mix(**config.corpus.to_dict())
 
 
-def validate(config, devices: int, vocab_size: int) -> dict[str, int | float | str]:
-  """Checks sizes against each other and returns the derived ones, to be printed. Touches no device, reads no data.
-
-  devices: how many there are; vocab_size: the tokenizer's. Raises ValueError: the key, its value, the remedy.
-  """
-  choose('config.stage', config.stage, tuple(STAGES))
-  missing = [section for section in STAGES[config.stage] if section not in config]
-  refuse(missing, f"config.stage '{config.stage}' reads config.{', config.'.join(missing)}, which this experiment has "
-                  f"not: start from base_config(preset, '{config.stage}')")
-  choose('config.template', config.template, TEMPLATES)
-  model = model_config(config)
-  refuse(vocab_size > model.vocab_size,
-         f'config.model.vocab_size {model.vocab_size} is smaller than the tokenizer ({vocab_size} pieces): '
-         f'set it to {vocab_size} or more')
-  sizes = mesh_sizes(config, devices)
-  check_table(model, sizes)
-  rows_over = meshes.rows_over(sizes)
-  if 'optim' in STAGES[config.stage]:
-    _validate_training(config)
-  check = {'pretrain': _validate_pretrain, 'rl': _validate_rl, 'export': _validate_export}[config.stage]
-  mesh = ' x '.join(f'{k}={v}' for k, v in sizes.items())
-  return {'devices': devices, 'mesh': mesh, **check(config, model, rows_over)}
-
-
-def _validate_training(config):
-  o = config.optim
-  choose('config.optim.moment_dtype', o.moment_dtype, ('float32', 'bfloat16'))
-  refuse(o.lr <= 0, f'config.optim.lr {o.lr} must be positive')
-  refuse(not o.clip_norm >= 0, f'config.optim.clip_norm {o.clip_norm} must not be negative; 0 turns it off')
-  refuse(config.checkpoint.keep < 1, f'config.checkpoint.keep {config.checkpoint.keep}: keep at least 1')
-
-
-def check_table(model: ModelConfig, sizes: dict[str, int]):
-  """Raises ValueError where a weight does not divide over the mesh axes that the sharding table gives it."""
-  def over(logical):
-    axes = meshes.TRAINING[logical]
-    return f'config.mesh.{" x ".join(axes)}', math.prod(sizes[axis] for axis in axes)
-  for logical, what in (('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'),
-                        ('head_work', 'heads'), ('mlp', 'dense_ff'), ('vocab', 'vocab_size')):
-    divides(f'config.model.{what}', getattr(model, what), *over(logical))
-  columns = {'heads x qk_dim': model.heads * model.qk_dim, 'heads x v_dim': model.heads * model.v_dim}
-  if model.attention == 'gqa':
-    columns = {'kv_heads x head_dim': model.kv_heads * model.head_dim}
-  for what, count in columns.items():
-    where, axes = over('heads')
-    refuse(count % axes, f'{where} ({axes}) does not divide config.model.{what} ({count}): take a divisor of that')
-
-
-def _validate_pretrain(config, model, rows_over):
-  p = config.pretrain
-  positive('config.pretrain', p, ('steps', 'rows_per_step', 'row_tokens', 'microbatch_rows'))
-  corpus_mix(config)
-  divides('config.pretrain.rows_per_step', p.rows_per_step, 'config.pretrain.microbatch_rows', p.microbatch_rows)
-  divides('config.pretrain.microbatch_rows', p.microbatch_rows, 'the mesh (data x fsdp x expert)', rows_over)
-  refuse(p.row_tokens > model.max_length,
-         f'config.pretrain.row_tokens {p.row_tokens} exceeds config.model.max_length {model.max_length}')
-  tokens = p.rows_per_step * p.row_tokens
-  return {'tokens_per_step': tokens, 'microbatches': p.rows_per_step // p.microbatch_rows,
-          'tokens': tokens * p.steps}
-
-
-def _validate_rl(config, model, rows_over):
-  r, s, e = config.rl, config.sampling, config.eval
-  positive('config.rl', r, ('steps', 'prompts_per_step', 'minibatches', 'epochs'))
-  positive('config.sampling', s, ('temperature', 'max_new_tokens'))
-  for key, value in (('sampling.max_prompt_tokens', s.max_prompt_tokens), ('rl.row_tokens', r.row_tokens),
-                     ('rl.microbatch_rows', r.microbatch_rows)):
-    refuse(value < 0, f'config.{key} {value}: must be positive, or 0 to derive it')
-  positive('config.eval', e, ('problems', 'samples', 'temperature'))
-  positive('config.rewards', config.rewards, ('timeout_s', 'workers'))
-  refuse(config.rewards.memory_mb < 128,
-         f'config.rewards.memory_mb {config.rewards.memory_mb} is too small for a worker (70 at rest): set 512 or more')
-  objective = _validate_objective(r, model)
-  choose('config.task.name', config.task.name, ('chain', *FORMATS))
-  try:
-    terms.validate(config.rewards.weights, s.max_new_tokens)
-  except ValueError as e:
-    raise ValueError(f'config.rewards.weights: {e}') from e
-  refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
-  divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
-  divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp x expert)', rows_over)
-  divides('config.rl.microbatch_rows', r.microbatch_rows, 'the mesh (data x fsdp x expert)', rows_over)
-  for section, v in (('sampling', s), ('eval', e)):
-    refuse(not 0 < v.top_p <= 1, f'config.{section}.top_p {v.top_p} must be in (0, 1]')
-  refuse(not 0 <= s.top_k <= model.vocab_size, f'config.sampling.top_k {s.top_k} must be in 0..{model.vocab_size}')
-  length = s.max_prompt_tokens + s.max_new_tokens
-  refuse(length > model.max_length,
-         f'config.sampling: max_prompt_tokens + max_new_tokens is {length}, more than config.model.max_length '
-         f'{model.max_length}: shorten one or raise it')
-  refuse(0 < r.row_tokens < length,
-         f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (sampling.max_prompt_tokens + '
-         f'sampling.max_new_tokens): set it to {length} or more')
-  if config.task.name == 'chain':
-    t = config.task
-    refuse(not 2 <= t.min_terms <= t.max_terms,
-           f'config.task: min_terms {t.min_terms} and max_terms {t.max_terms} must satisfy 2 <= min <= max')
-    refuse(t.max_total < 18, f'config.task.max_total {t.max_total}: at least 18, so that a sum always has a way to go')
-  else:
-    refuse(not config.task.path,
-           f"config.task.path is empty: task '{config.task.name}' reads a file, give --config.task.path=FILE")
-  return {'samples_per_step': r.prompts_per_step * r.group_size, 'samples': r.prompts_per_step * r.group_size * r.steps,
-          'updates_per_step': r.minibatches * r.epochs, 'objective': f'{r.objective}: {objective}',
-          'longest_sample_tokens': length if s.max_prompt_tokens else f'the longest prompt + {s.max_new_tokens}',
-          'eval_samples': e.problems * e.samples}
-
-
-def _validate_objective(r, model) -> objectives.Objective:
-  choose('config.rl.objective', r.objective, tuple(objectives.OBJECTIVES))
-  o = objectives.chosen(r)
-  for key, options in (('advantage', objectives.ADVANTAGES), ('loss_denominator', objectives.DENOMINATORS),
-                       ('kl', objectives.ESTIMATORS)):
-    choose(f'config.rl.{key}', getattr(o, key), options)
-  choose('config.rl.old_logp', r.old_logp, ('sampler', 'trainer'))
-  choose('config.rl.importance', r.importance, objectives.IMPORTANCE)
-  positive('config.rl', dataclasses.asdict(o), ('clip_low', 'clip_high'))
-  for key, value in (('kl_weight', o.kl_weight), ('refill_rounds', o.refill_rounds)):
-    refuse(value < 0, f'config.rl.{key} {value} must not be negative; 0 turns it off')
-  refuse(r.importance != 'none' and r.old_logp != 'trainer',
-         f"config.rl.importance '{r.importance}' weighs the sampler's log-probs against the trainer's: "
-         "set config.rl.old_logp to 'trainer'")
-  ends = tuple(r.importance_range)
-  refuse(len(ends) != 2 or not 0 <= ends[0] <= 1 <= ends[1],
-         f'config.rl.importance_range {ends}: give two numbers around 1, such as (0.5, 2.0)')
-  refuse(r.replay_routing and not model.moe_layers,
-         'config.rl.replay_routing: the model has no experts; set it to False')
-  return o
-
-
-def _validate_export(config, model, rows_over):
-  choose('config.model.param_dtype', model.param_dtype, ('bfloat16', 'float32'))
-  refuse(not config.init_from, "config.init_from is empty: name the weights to export, such as a run's workdir")
-  return {'family': family(model), 'export_dtype': model.param_dtype}
+def general_per_step(config) -> int:
+  """General prompts in a step that has them."""
+  return round(config.rl.general_share * config.rl.prompts_per_step)
 
 
 def with_lengths(config, longest_prompt: int, rows_over: int = 1):
   """A copy with the lengths that were left to be derived, for a task whose longest kept prompt is `longest_prompt`
   tokens; rows_over: devices that rows are sharded over."""
   config = ml_collections.ConfigDict(config.to_dict())
-  s, r = config.sampling, config.rl
+  s = config.sampling
   s.max_prompt_tokens = s.max_prompt_tokens or -(-longest_prompt // 8) * 8
-  length = s.max_prompt_tokens + s.max_new_tokens
+  if 'rl' not in config:
+    return config
+  r, length = config.rl, s.max_prompt_tokens + s.max_new_tokens
   r.row_tokens = r.row_tokens or max(128, -(-length // 16) * 16)
   refuse(r.row_tokens < length,
          f'config.rl.row_tokens {r.row_tokens} cannot hold a sample of {length} tokens (the longest prompt + '
@@ -301,10 +248,38 @@ def with_lengths(config, longest_prompt: int, rows_over: int = 1):
   return config
 
 
+def with_row_tokens(config, longest: int, rows_over: int = 1):
+  """A copy of an sft config with the sizes that were left to be derived, for a longest kept example of `longest`
+  tokens; rows_over: devices that rows are sharded over."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  s = config.sft
+  s.row_tokens = s.row_tokens or max(128, -(-longest // 16) * 16)
+  if not s.microbatch_rows:
+    most, shares = max(1, MICROBATCH_TOKENS // s.row_tokens), s.rows_per_step // rows_over
+    s.microbatch_rows = rows_over * max(n for n in range(1, min(most, shares) + 1) if shares % n == 0)
+  return config
+
+
+def with_example_length(config, longest: int, rows_over: int = 1):
+  """A copy with the rows that config.reward_model leaves to be derived; longest: tokens of the longest example."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  c = config.reward_model
+  c.row_tokens = c.row_tokens or max(128, -(-longest // 16) * 16)
+  c.microbatch_rows = c.microbatch_rows or max(1, MICROBATCH_TOKENS // c.row_tokens) * rows_over
+  return config
+
+
 def eval_prompts_per_batch(config) -> int:
-  """Held-out prompts sampled at once: about 512 samples, a multiple of the rollout's prompts a step."""
-  unit = config.rl.prompts_per_step
-  return max(1, min(512 // config.eval.samples, config.eval.problems) // unit) * unit
+  """Held-out prompts that RL samples at once: a multiple of the rollout's prompts a step."""
+  e = config.eval
+  return prompts_per_batch(EVAL_SAMPLES, e.samples, e.problems, config.rl.prompts_per_step)
+
+
+def prompts_per_batch(batch_samples: int, samples: int, prompts: int, unit: int) -> int:
+  """Prompts sampled at once: about `batch_samples` samples, no more prompts than there are (0: not known), a multiple
+  of `unit`."""
+  most = max(1, batch_samples // samples)
+  return max(1, min(most, prompts or most) // unit) * unit
 
 
 def mesh_sizes(config, devices: int) -> dict[str, int]:
@@ -322,27 +297,3 @@ def mesh_sizes(config, devices: int) -> dict[str, int]:
   else:
     refuse(fixed != devices, f'config.mesh {sizes} needs {fixed} devices, there are {devices}: set one axis to -1')
   return sizes
-
-
-def refuse(bad, message: str):
-  """Raises ValueError with `message` if bad."""
-  if bad:
-    raise ValueError(message)
-
-
-def choose(key: str, value: str, options: tuple[str, ...]):
-  if value not in options:
-    near = difflib.get_close_matches(str(value), options, 1)
-    raise ValueError(f"{key} '{value}': use one of {', '.join(options)}" + (f" (nearest: '{near[0]}')" if near else ''))
-
-
-def positive(section: str, values, keys: tuple[str, ...]):
-  for key in keys:
-    refuse(values[key] <= 0, f'{section}.{key} is {values[key]}, must be positive')
-
-
-def divides(key: str, value: int, other: str, by: int):
-  if value % by:
-    down = value // by * by
-    near = f'{down} or {down + by}' if down else f'{by}'
-    refuse(True, f'{key} {value} is not a multiple of {other} {by}: set it to {near}')

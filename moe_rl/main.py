@@ -1,6 +1,7 @@
 """The one entry.
 
 `python -m moe_rl.main --config=experiments/r1_zero.py[:preset] [--config.key=value …] [--workdir=DIR]`
+On several hosts the same on each: a TPU pod is found, others add --coordinator=HOST:PORT --processes=N --process=I.
 """
 
 import difflib
@@ -11,6 +12,7 @@ import json
 import os
 import pathlib
 import sys
+import traceback
 
 import ml_collections
 from absl import app, flags, logging
@@ -19,6 +21,11 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='The experiment, e.g. experiments/r1_zero.py[:preset].')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of bad input.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run lives; one that is there goes on. Default: runs/NAME.')
+_COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where several hosts are no TPU pod.')
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are, one a host.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
+_WAIT = flags.DEFINE_float('wait', 300, 'Seconds to wait for the other hosts at the start.', lower_bound=1)
+FLAGS = ('config', 'workdir', 'debug', 'coordinator', 'processes', 'process', 'wait')
 
 
 def main(argv):
@@ -31,12 +38,26 @@ def main(argv):
   name = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0]).stem
   workdir = _WORKDIR.value or f'runs/{name}'
   try:
-    summary = launch(config, workdir)
-  except ValueError as e:  # bad input: the message is for a person, a traceback is not
-    if _DEBUG.value:
+    summary = launch(config, workdir, (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), _WAIT.value)
+  except Exception as e:
+    bad_input = isinstance(e, ValueError) and not _DEBUG.value  # the message is for a person, a traceback is not
+    end_with_hosts(e, bad_input)
+    if not bad_input:
       raise
     fail(e)
   print(json.dumps(summary, indent=1))
+
+
+def end_with_hosts(error: Exception, bad_input: bool):
+  """Where other hosts are connected, says what happened and ends the process without waiting for them."""
+  from moe_rl.runtime import hosts
+  hosts.settle(error)
+  if hosts.connected():
+    if bad_input:
+      print(f'error: {error}', file=sys.stderr)
+    else:
+      traceback.print_exception(error)
+    hosts.leave(2 if bad_input else 1)
 
 
 def fail(why):
@@ -45,7 +66,7 @@ def fail(why):
   sys.exit(2)
 
 
-def parse_flags(argv: list[str], names=('config', 'workdir', 'debug')) -> list[str]:
+def parse_flags(argv: list[str], names=FLAGS) -> list[str]:
   """absl's parser, with messages that name the nearest file, preset or key in place of its tracebacks."""
   try:
     check_flags(argv[1:])
@@ -118,21 +139,27 @@ def load_experiment(path: str, preset: str = ''):
   return module.get_config(*[preset] if preset else [])
 
 
-def launch(config, workdir) -> dict:
-  """Runs the config's stage in `workdir`, returns its summary. Raises ValueError on bad input, before any compile."""
+def launch(config, workdir, place=('', 0, -1), wait_s: float = 300) -> dict:
+  """Runs the config's stage in `workdir`, returns its summary. Raises ValueError on bad input, before any compile.
+
+  place: (coordinator, processes, process) of this process among several; by default that of a TPU pod's host, or alone.
+  wait_s: seconds to wait for the others.
+  """
   import jax
 
-  from moe_rl import config as configs
+  from moe_rl import validation
   from moe_rl.data.tokenizer import load_tokenizer
-  from moe_rl.runtime.mesh import make_mesh
-  derived = configs.validate(config, jax.device_count(), load_tokenizer(config.tokenizer).vocab_size)
+  from moe_rl.runtime import hosts
+  from moe_rl.stages import pipeline
+  hosts.connect(hosts.from_flags(*place) or hosts.from_tpu(), wait_s)
+  several = config.stage == 'pipeline'
+  validate = pipeline.validate if several else validation.validate
+  derived = validate(config, jax.device_count(), load_tokenizer(config.tokenizer).vocab_size, jax.process_count())
   width = max(map(len, derived))
   for key, value in {'backend': jax.default_backend(), **derived}.items():
     print(f'{key:>{width}}  {value:,}' if isinstance(value, int) else f'{key:>{width}}  {value}', flush=True)
-  mesh = make_mesh(configs.mesh_sizes(config, jax.device_count()))
-  stage = importlib.import_module(f'moe_rl.stages.{config.stage}')  # validate has checked the name
   print(f'{"workdir":>{width}}  {pathlib.Path(workdir).absolute()}', flush=True)
-  return stage.run(config, workdir, mesh)
+  return pipeline.run(config, workdir) if several else pipeline.run_stage(config, workdir)
 
 
 if __name__ == '__main__':

@@ -19,14 +19,16 @@ from moe_rl.main import fail
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'The slice, in chips: v5p:8x8x16, v5e:4x4, tpu7x:4x8x8 …')
 _JSON = flags.DEFINE_string('json', '', 'A file for the plan as JSON.')
 _SUGGEST = flags.DEFINE_bool('suggest', False, 'Try meshes and remat policies; rank those that fit.')
-_TRIES = flags.DEFINE_integer('tries', 6, 'How many candidates --suggest compiles.', lower_bound=1)
+_TRIES = flags.DEFINE_integer('tries', 6, 'How many candidates --suggest compiles at most.', lower_bound=1)
+_MINUTES = flags.DEFINE_float('minutes', 15.0, 'After which --suggest begins no further candidate.', lower_bound=0.0)
 _ONLY = flags.DEFINE_list('only', [], 'Names of the programs to compile; all if empty.')
 _MEAN = flags.DEFINE_float('mean_tokens', 0.0, 'Mean tokens of a response; 0: the longest allowed.', lower_bound=0.0)
 _PROMPT = flags.DEFINE_integer('prompt_tokens', 1024, 'Longest prompt, where the config leaves it to the task.',
                                lower_bound=1)
 _PRICE = flags.DEFINE_float('price', None, '$ a chip-hour; default: moe_rl/planner/prices.py.', lower_bound=0.0)
 _PATIENCE = flags.DEFINE_float('patience', 120.0, 'Seconds after which code generation is cut off.', lower_bound=0.0)
-FLAGS = ('config', 'topology', 'json', 'suggest', 'tries', 'only', 'mean_tokens', 'prompt_tokens', 'price', 'patience')
+FLAGS = ('config', 'topology', 'json', 'suggest', 'tries', 'minutes', 'only', 'mean_tokens', 'prompt_tokens', 'price',
+         'patience')
 
 
 def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, only=(), patience=120.0,
@@ -60,9 +62,9 @@ def main(argv):
     topology = topologies.parse(_TOPOLOGY.value)
     if _SUGGEST.value:
       from moe_rl.planner.suggest import suggest, table
-      found = suggest(config, topology, plan, tries=_TRIES.value, options=options)
-      shown, whole = table(found), {'suggestions': found}
-      unfit = '' if any(f['fits'] for f in found) else 'nothing that was tried fits: take more chips'
+      whole = suggest(config, topology, plan, tries=_TRIES.value, minutes=_MINUTES.value, options=options)
+      shown = table(whole)
+      unfit = '' if any(f['fits'] for f in whole['suggestions']) else 'nothing that was tried fits: take more chips'
     else:
       whole = plan(config, topology, only=_ONLY.value, **options)
       shown, unfit = report.text(whole), report.remedy(whole)

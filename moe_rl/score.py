@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from moe_rl.models.checkpoints import open_checkpoint
+from moe_rl.models.checkpoints import check_speaks, open_checkpoint
 from moe_rl.models.config import ModelConfig
 from moe_rl.models.heads import token_logprobs
 from moe_rl.models.hf_import import load_model
@@ -134,6 +134,7 @@ def run(init_from: str, ids_path: str, out: str, with_logits: bool, pad_id: int 
     raise ValueError(f"--out '{out}': give the name of a .npz file in a folder that exists")
   token = tokens(ids, pad_id)
   checkpoint = open_checkpoint(init_from)
+  check_speaks(checkpoint)
   model = checkpoint.model
   check_ids(ids, token, model.vocab_size, f"--ids '{ids_path}'")
   if ids.shape[1] > model.max_length:

@@ -9,14 +9,6 @@ import pytest
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
-def pytest_collection_modifyitems(items):
-  """Two processes share the tests (see pyproject.toml): a file stays whole, as its tests share compiled functions, and
-  the files that look at the same runs stay together."""
-  for item in items:
-    file = item.path.stem
-    item.add_marker(pytest.mark.xdist_group('runs' if file in ('test_resume', 'test_run') else file))
-
-
 @pytest.fixture(scope='session')
 def mesh():
   """The mesh of a single device."""

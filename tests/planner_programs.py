@@ -1,5 +1,8 @@
 """Small programs with known answers, made for the planner's child process as a stage's are."""
 
+import os
+import sys
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -34,17 +37,39 @@ def make(topology) -> Made:
   def exchanged(x):
     return jax.lax.all_to_all(x, 'b', 0, 1, tiled=True)
 
-  def of_length(x, n):
-    return jax.lax.fori_loop(0, n, lambda i, c: jnp.tanh(c @ c), x)
+  def of_length(x, n, m):
+    def inner(i, c):
+      with jax.named_scope('exchanges'):
+        return jax.lax.fori_loop(0, m, lambda j, d: jnp.tanh(d @ d), c + i.astype(c.dtype))
+    with jax.named_scope('microbatches'):
+      return jax.lax.fori_loop(0, n, inner, x)
 
   def manual(f):
     return jax.shard_map(f, mesh=mesh, in_specs=P('b'), out_specs=P('b'), check_vma=False)
-  square = array((512, 512), P())
+  square, number = array((512, 512), P()), array((), P(), jnp.int32)
   return Made([
     Program('gathered', jax.jit(manual(gathered)), (array((1024, 512), P('b')),)),
     Program('summed', jax.jit(manual(lambda x: summed(x, 7))), (array((512, 256), P('b')),)),
     Program('nested', jax.jit(nested), (square,)),
     Program('exchanged', jax.jit(manual(exchanged)), (array((512, 512), P('b')),)),
-    Program('of length', jax.jit(of_length), (square, array((), P(), jnp.int32))),
+    Program('of length', jax.jit(of_length), (square, number, number)),
     Program('too big', jax.jit(jnp.sin), (array((1 << 16, 1 << 18), P()),)),
   ], mesh, resident={'kept': array((1024, 1024), P('a'))})
+
+
+def end(status: int, words: str):
+  """Ends the process at once, as a compiler that aborts does."""
+  print(words, file=sys.stderr, flush=True)
+  os._exit(status)
+
+
+def deadly(topology) -> Made:
+  """The first program takes its process with it, the second is as any."""
+  mesh = Mesh(topologies.order(topology, (2, 2)), ('a', 'b'))
+  x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P()))
+  return Made([Program('deadly', jax.jit(lambda x: end(9, 'Check failed: out of luck')), (x,)),
+               Program('harmless', jax.jit(jnp.sin), (x,))], mesh)
+
+
+def stillborn(topology) -> Made:
+  end(7, 'no programs today')

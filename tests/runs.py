@@ -39,6 +39,12 @@ RL = {
   'sampling': dict(max_prompt_tokens=16, max_new_tokens=7), 'eval': dict(every=10, problems=8, samples=2),
   'checkpoint': dict(every=2)}
 
+_ANSWERS = {'model': MODEL, 'task': TASK, 'init_from': 'embedded',
+            'sampling': dict(max_prompt_tokens=16, max_new_tokens=7)}
+# The evaluation of RL above, alone; and samples of training prompts.
+EVALUATE = _ANSWERS | {'eval': dict(problems=8, samples=2)}
+REJECTION = _ANSWERS | {'sample': dict(prompts=12, samples=4)}
+
 
 LIMIT_S = 550  # seconds a process may take; seconds suffice on a quiet machine
 

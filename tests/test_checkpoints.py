@@ -37,7 +37,7 @@ def test_the_embedded_base_and_files_of_ours_hold_what_was_saved(tmp_path):
   assert found == dataclasses.replace(model, remat='dots')
   assert_same_bits(flat(loaded), flat(variables))
   found, loaded = load_model('embedded', mtp_layers=0)
-  file = safetensors.numpy.load_file(EMBEDDED)
+  file = safetensors.numpy.load_file(EMBEDDED['embedded'])
   assert {k: v.shape for k, v in flat(loaded).items()} == {
     k: v.shape for k, v in file.items() if '/mtp/' not in k}
   for name, value in flat(loaded).items():

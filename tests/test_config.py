@@ -15,6 +15,7 @@ import runs
 import safetensors.numpy
 
 from moe_rl import config as configs
+from moe_rl import validation
 from moe_rl.data.corpus import Mix
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.main import launch, load_experiment
@@ -26,6 +27,9 @@ from moe_rl.stages.rl import RL
 
 VOCABULARY = load_tokenizer('tiny').vocab_size
 RL_CONFIG = runs.RL | {'init_from': ''}
+REWARD_MODEL = {'init_from': '', 'model': runs.MODEL, 'reward_model': dict(path='pairs.jsonl')}
+BASES = {'pretrain.py': runs.PRETRAIN, 'evaluate.py': runs.EVALUATE, 'rejection.py': runs.REJECTION,
+         'reward_model.py': REWARD_MODEL}
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +41,7 @@ def compiles():
 def refusal(tmp_path, compiles):
   """(changes, experiment, workdir) -> the message of a start that is refused, having compiled and written nothing."""
   def start(changes: dict, experiment: str = 'r1_zero.py', workdir: pathlib.Path = tmp_path / 'run') -> str:
-    base = runs.PRETRAIN if experiment == 'pretrain.py' else RL_CONFIG
+    base = BASES.get(experiment, RL_CONFIG)
     config = runs.config_of(experiment, base)
     config.update(changes)
     before, had = compiles.count, files(workdir)
@@ -82,6 +86,18 @@ BAD_RL = {
   'no term': (dict(rewards=dict(weights='accuracy=0')), 'config.rewards.weights', 'leaves no term with a weight'),
   'unknown language': (dict(rewards=dict(weights='language:english=1')), "language 'english' is not known", 'en, zh'),
   'long cache': (dict(rewards=dict(weights='overlong:500=1')), 'overlong:500', 'more tokens than the longest response'),
+  'model term without a model': (dict(rewards=dict(weights='accuracy=1,model=1')), 'has the term `model`',
+                                 '--config.rewards.model=WORKDIR', 'leave the term out'),
+  'model without its term': (dict(rewards=dict(model='runs/rm')), "config.rewards.model 'runs/rm'", 'add such'),
+  'model term without prompts': (dict(rewards=dict(weights='accuracy=1,model=1', model='runs/rm')),
+                                 '--config.task.general_path=FILE'),
+  'general without a share': (dict(task=dict(general_path='p.jsonl')), 'config.rl.general_share 0.0', 'give both'),
+  'a share of nothing': (dict(rl=dict(general_share=0.25)), "config.task.general_path ''", 'or neither'),
+  'a share of all': (dict(rl=dict(general_share=1.0)), 'config.rl.general_share 1.0 must be in [0, 1)'),
+  'a small share': (dict(task=dict(general_path='p.jsonl'), rl=dict(general_share=0.1)), 'is 0 prompts'),
+  'general too early': (dict(rl=dict(general_from=-1)), 'config.rl.general_from -1 must not be negative'),
+  'missing general prompts': (dict(task=dict(general_path='no/p.jsonl'), rl=dict(general_share=0.25)),
+                              'no/p.jsonl: there is no such file'),
   'stage without its section': (dict(stage='pretrain'), "config.stage 'pretrain' reads config.pretrain",
                                 "base_config(preset, 'pretrain')"),
   'objective': (dict(rl=dict(objective='drgrpo')), "config.rl.objective 'drgrpo'", "nearest: 'dr_grpo'"),
@@ -127,6 +143,36 @@ BAD_PRETRAIN = {
   'shares': (dict(corpus=dict(direct=1.5)), 'config.corpus', 'is 1.52, must not exceed 1'),
   'no steps': (dict(pretrain=dict(steps=0)), 'config.pretrain.steps is 0'),
 }
+BAD_ANSWERS = {
+  'nothing to evaluate': ('evaluate.py', dict(init_from=''), 'config.init_from is empty', "or 'embedded'"),
+  'nothing to sample from': ('rejection.py', dict(init_from=''), 'config.init_from is empty', "a run's workdir"),
+  'no such checkpoint': ('evaluate.py', dict(init_from='/no/such.run'), "config.init_from '/no/such.run'"),
+  'no file': ('evaluate.py', dict(task=dict(name='math')), 'config.task.path is empty', '--config.task.path=FILE'),
+  'no such file': ('evaluate.py', dict(task=dict(name='math', path='/no/such.jsonl')), '/no/such.jsonl: there is no'),
+  'no such decontamination': ('rejection.py', dict(task=dict(
+    name='gsm8k', path=str(runs.ROOT / 'tests/data/gsm8k_like.jsonl'), decontaminate='/no/such.jsonl')),
+    '/no/such.jsonl: there is no'),
+  'decontamination of chains': ('rejection.py', dict(task=dict(decontaminate='x.jsonl')), 'config.task.decontaminate',
+                                'leave it empty'),
+  'endless evaluation': ('evaluate.py', dict(eval=dict(problems=0)), 'config.eval.problems 0', 'has no end'),
+  'endless sampling': ('rejection.py', dict(sample=dict(prompts=0)), 'config.sample.prompts 0', 'has no end'),
+  'evaluated language': ('evaluate.py', dict(eval=dict(language='english')), 'config.eval.language', 'en, zh'),
+  'language': ('rejection.py', dict(sample=dict(language='english')), 'config.sample.language', 'en, zh'),
+  'what to keep': ('rejection.py', dict(sample=dict(keep='short')), "keep 'short'", "nearest: 'shortest'"),
+  'share': ('rejection.py', dict(sample=dict(min_language=2.0)), 'config.sample.min_language 2.0 must be in 0..1'),
+  'repetition': ('rejection.py', dict(sample=dict(min_repetition=0.5)), 'min_repetition 0.5 must be in -1..0'),
+  'batch': ('rejection.py', dict(sampling=dict(batch_samples=0)), 'config.sampling.batch_samples is 0'),
+}
+BAD_REWARD_MODEL = {
+  'kind': (dict(reward_model=dict(kind='harmless')), "config.reward_model.kind 'harmless': use one of helpfulness"),
+  'no file': (dict(reward_model=dict(path='')), 'config.reward_model.path is empty', 'question, chosen, rejected'),
+  'no file of safety': (dict(reward_model=dict(path='', kind='safety')), 'question, response, safe'),
+  'missing file': (dict(reward_model=dict(path='no/pairs.jsonl')), 'no/pairs.jsonl: there is no such file'),
+  'long rows': (dict(reward_model=dict(row_tokens=200)), 'config.reward_model.row_tokens 200', 'two answers', '64'),
+  'no epochs': (dict(reward_model=dict(epochs=0)), 'config.reward_model.epochs is 0, must be positive'),
+  'negative': (dict(reward_model=dict(eval_every=-1)), 'config.reward_model.eval_every -1 must not be negative'),
+  'a language model': (dict(model=dict(head='vocabulary')), "config.model.head 'vocabulary'", "stage 'reward_model'"),
+}
 BAD_ON_EIGHT_DEVICES = {
   'prompts': (dict(mesh=dict(fsdp=2)), 'config.rl.prompts_per_step 4', '(data x fsdp x expert) 8', 'set it to 8'),
   'microbatches': (dict(rl=dict(prompts_per_step=8)), 'config.rl.microbatch_rows 4', '(data x fsdp x expert) 8'),
@@ -149,13 +195,25 @@ def test_pretraining_refuses(name, refusal):
   contains(refusal(changes, 'pretrain.py'), *parts)
 
 
+@pytest.mark.parametrize('name', BAD_ANSWERS)
+def test_evaluation_and_rejection_sampling_refuse(name, refusal):
+  experiment, changes, *parts = BAD_ANSWERS[name]
+  contains(refusal(changes, experiment), *parts)
+
+
+@pytest.mark.parametrize('name', BAD_REWARD_MODEL)
+def test_training_of_a_reward_model_refuses(name, refusal):
+  changes, *parts = BAD_REWARD_MODEL[name]
+  contains(refusal(changes, 'reward_model.py'), *parts)
+
+
 @pytest.mark.parametrize('name', BAD_ON_EIGHT_DEVICES)
 def test_a_mesh_of_eight_refuses(name):
   changes, *parts = BAD_ON_EIGHT_DEVICES[name]
   config = runs.config_of('r1_zero.py', RL_CONFIG)
   config.update(changes)
   with pytest.raises(ValueError) as error:
-    configs.validate(config, 8, VOCABULARY)
+    validation.validate(config, 8, VOCABULARY)
   contains(str(error.value), *parts)
 
 
@@ -296,8 +354,8 @@ def keys(config) -> dict[str, object]:
 def readers(section: str) -> str:
   """The sources that mention `config.SECTION`, without the base itself and its checks, which read to refuse only."""
   texts = [p.read_text() for p in (runs.ROOT / 'moe_rl').rglob('*.py')]
-  for function in (configs.base_config, configs.validate, configs._validate_training, configs._validate_pretrain,
-                   configs._validate_rl, configs._validate_objective, configs._validate_export):
+  checks = [function for name, function in vars(validation).items() if name.startswith('_validate_')]
+  for function in (configs.base_config, validation.validate, *checks):
     own = inspect.getsource(function)
     texts = [t.replace(own, '') for t in texts]
   return '\n'.join(t for t in texts if f'config.{section}' in t)
@@ -308,15 +366,23 @@ def bases(*presets: str) -> list[ml_collections.ConfigDict]:
 
 
 def test_there_are_fewer_than_100_keys():
-  assert all(20 < len(keys(base)) < 100 for base in bases())
+  """A way to scale positions, which is None or a section, counts as the one key that it is."""
+  def count(base) -> int:
+    return len({re.sub(r'^(model\.(yarn|llama3))\..*', r'\1', key) for key in keys(base)})
+  assert all(20 < count(base) < 100 for base in bases())
 
 
 def test_a_stage_shows_no_section_that_it_does_not_read():
   shown = {base.stage: {k for k in base if isinstance(base[k], ml_collections.ConfigDict)} for base in bases('tiny')}
   training = {'model', 'mesh', 'task', 'optim', 'checkpoint'}
   assert shown == {'pretrain': training | {'pretrain', 'corpus'}, 'export': {'model', 'mesh'},
-                   'rl': training | {'rl', 'sampling', 'rewards', 'eval'}}
-  with pytest.raises(ValueError, match="stage 'pretrian': use one of pretrain, rl, export .nearest: 'pretrain'"):
+                   'sft': training - {'task'} | {'sft'},
+                   'rl': training | {'rl', 'sampling', 'rewards', 'eval'},
+                   'reward_model': training - {'task'} | {'reward_model'},
+                   'general_data': {'model', 'mesh', 'general_data'},
+                   'evaluate': {'model', 'mesh', 'task', 'sampling', 'rewards', 'eval'},
+                   'sample': {'model', 'mesh', 'task', 'sampling', 'rewards', 'sample'}}
+  with pytest.raises(ValueError, match="stage 'pretrian': use one of pretrain, .* .nearest: 'pretrain'"):
     configs.base_config(stage='pretrian')
 
 
@@ -331,11 +397,26 @@ def test_every_key_is_read():
     assert re.search(rf"\.{name}\b|'{name}'", text), f'config.{key} is read nowhere'
 
 
-@pytest.mark.parametrize('path', sorted(p.name for p in (runs.ROOT / 'experiments').glob('*.py')))
+LISTS = ('distill_vs_rl.py', 'r1.py')
+EXPERIMENTS = sorted(p.name for p in (runs.ROOT / 'experiments').glob('*.py') if p.name not in LISTS)
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS)
 def test_an_experiment_changes_values_and_adds_no_key(path):
   for preset in PRESETS:
     config = runs.load_experiment(str(runs.ROOT / 'experiments' / path), preset)
     assert keys(config).keys() == keys(configs.base_config(preset, config.stage)).keys()
+
+
+@pytest.mark.parametrize('path', LISTS)
+def test_a_list_of_stages_adds_no_key_either(path):
+  config = runs.load_experiment(str(runs.ROOT / 'experiments' / path))
+  assert set(config.order) == set(config.stages)
+  for section in (*config.stages.values(), config.evaluation):
+    known = [keys(configs.base_config(preset, section.stage)).keys() for preset in ('tiny', 'tiny_dense')]
+    assert keys(section).keys() in known
+  with pytest.raises(ValueError, match='has the preset tiny alone'):
+    runs.load_experiment(str(runs.ROOT / 'experiments' / path), 'v3_671b')
 
 
 def test_a_microbatch_is_about_2048_tokens_a_device_whatever_the_width_of_a_row():

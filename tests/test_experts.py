@@ -70,9 +70,10 @@ def value_and_gradients(path, picked, x, gate, w_gate, w_up, w_down, cotangent):
 
 
 def further_rounds(picked) -> int:
-  """Rounds after the first that the fullest expert needs."""
-  first, further = moe._capacities(picked.size, EXPERTS)
-  return max(0, -(-(np.bincount(picked.reshape(-1), minlength=EXPERTS + 1)[:-1].max() - first) // further))
+  """Rounds after the first that the overflow needs."""
+  slots, block, group = moe._sizes(picked.size, EXPERTS)
+  over = np.maximum(np.bincount(picked.reshape(-1), minlength=EXPERTS + 1)[:-1] - slots, 0)
+  return -(-int((-(-over // block)).sum()) // group)
 
 
 @pytest.mark.parametrize('path', PATHS)

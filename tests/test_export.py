@@ -40,7 +40,7 @@ def test_an_export_says_what_it_wrote_and_has_the_tokenizer_that_belongs_to_the_
   config = json.loads((out / 'config.json').read_text())
   assert (config['eos_token_id'], config['pad_token_id'], config['torch_dtype']) == (1, 0, 'bfloat16')
   assert json.loads((out / 'generation_config.json').read_text()) == {'eos_token_id': 1, 'pad_token_id': 0}
-  assert (out / 'tokenizer.model').read_bytes() == (EMBEDDED.parent / 'tiny_tokenizer.model').read_bytes()
+  assert (out / 'tokenizer.model').read_bytes() == (EMBEDDED['embedded'].parent / 'tiny_tokenizer.model').read_bytes()
   assert_same_bits(flat(load_model(out)[1]), flat(load_model('embedded')[1]))
   assert not list(out.parent.glob('*.partial'))
 

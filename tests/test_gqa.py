@@ -74,11 +74,12 @@ def test_a_config_shows_what_its_kind_reads_and_comes_back_from_it(name):
   shown = own_fields(model)
   assert from_fields(shown) == model == from_fields(dataclasses.asdict(model))
   hidden = {'attention', 'tied', *GQA_FIELDS} if model.attention == 'mla' else {*MLA_FIELDS, *MOE_FIELDS}
-  assert shown.keys() == {f.name for f in dataclasses.fields(model)} - hidden
+  assert shown.keys() == {f.name for f in dataclasses.fields(model)} - hidden - {'head'}  # a language model's
 
 
 def test_what_is_set_is_shown_whatever_the_kind():
   assert own_fields(preset('tiny', tied=True))['tied'] is True
+  assert own_fields(preset('tiny', head='scalar', mtp_layers=0))['head'] == 'scalar'
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_rl.models.heads import distribution, support_mask, token_logprobs
+from moe_rl.models.heads import DIVERGENCES, distribution, support_mask, taught, token_logprobs
 
 ROWS, TOKENS, WIDTH, VOCAB = 3, 7, 8, 40  # 21 tokens: a chunk of 5 leaves a last one with padding
 # Half the compile time; what these tests hold does not hang on how far XLA optimises.
@@ -118,15 +118,70 @@ def test_the_sampled_distribution_is_renormalised_over_its_support():
   assert np.exp(distribution(logits, 0.5, top_p=0.6)).tolist() == [0, 1, 0, 0]
 
 
-def largest_float_array(chunk: int) -> int:
+def largest_float_array(chunk: int, teacher: bool) -> int:
   """Elements of the largest float array in the optimised program of values and gradients: 64 tokens, 96 words."""
-  hidden, targets = jnp.zeros((4, 16, 4)), jnp.zeros((4, 16), jnp.int32)
-  as_run = jax.jit(value_and_gradients.__wrapped__, static_argnames='chunk')
-  compiled = as_run.lower(hidden, targets, jnp.zeros((4, 96)), chunk).compile()
+  hidden, targets, unembed = jnp.zeros((4, 16, 4)), jnp.zeros((4, 16), jnp.int32), jnp.zeros((4, 96))
+  if teacher:
+    as_run = jax.jit(taught_values.__wrapped__, static_argnames=('divergence', 'chunk'))
+    compiled = as_run.lower(hidden, targets, unembed, hidden, unembed, 'reverse', chunk).compile()
+  else:
+    as_run = jax.jit(value_and_gradients.__wrapped__, static_argnames='chunk')
+    compiled = as_run.lower(hidden, targets, unembed, chunk).compile()
   shapes = re.findall(r'\b(?:f|bf)\d+\[([\d,]+)\]', compiled.as_text())
   return max(int(np.prod([int(n) for n in shape.split(',')])) for shape in shapes)
 
 
-def test_no_array_of_tokens_by_vocabulary_exists_when_chunked():
-  assert largest_float_array(chunk=64) >= 64 * 96  # so the reading of the program sees such an array where one is
-  assert largest_float_array(chunk=8) == 8 * 96
+@pytest.mark.parametrize('teacher', [False, True])
+def test_no_array_of_tokens_by_vocabulary_exists_when_chunked(teacher):
+  # So the reading of the program sees such an array where one is.
+  assert largest_float_array(chunk=64, teacher=teacher) >= 64 * 96
+  assert largest_float_array(chunk=8, teacher=teacher) == 8 * 96
+
+
+# Against a teacher.
+
+
+@functools.partial(jax.jit, static_argnames=('divergence', 'chunk'), compiler_options=QUICK)
+def taught_values(hidden, targets, unembed, teacher_hidden, teacher_unembed, divergence, chunk):
+  """((log-probs, right, divergences), gradients of a weighted sum by hidden, unembed and the teacher's two)."""
+  weight = jnp.arange(targets.size, dtype=jnp.float32).reshape(targets.shape)
+
+  def loss(hidden, unembed, teacher_hidden, teacher_unembed):
+    out = taught(lambda h: h @ unembed, hidden, targets, (lambda h: h @ teacher_unembed, teacher_hidden), divergence,
+                 chunk=chunk)
+    return (weight * (out[0] - 0.3 * out[2])).sum(), out
+  gradients, values = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(hidden, unembed, teacher_hidden,
+                                                                         teacher_unembed)
+  return values, gradients
+
+
+@pytest.mark.parametrize('divergence', DIVERGENCES)
+def test_divergences_and_their_gradients_are_the_hand_computed_ones_chunked_or_not(divergence):
+  hidden, targets, unembed = inputs(3)
+  targets[0] = np.argmax(hidden[0] @ unembed, axis=-1)
+  teacher_hidden, _, teacher_unembed = inputs(4)
+  teacher_hidden, teacher_unembed = teacher_hidden[..., :5], teacher_unembed[:5]  # another width
+  log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (
+    hidden.astype(np.float64) @ unembed, teacher_hidden.astype(np.float64) @ teacher_unembed))
+  p, q = np.exp(log_p), np.exp(log_q)
+  kl = (q * (log_q - log_p) if divergence == 'forward' else p * (log_p - log_q)).sum(-1)
+  right = targets == p.argmax(-1)
+  by_logits = p - q if divergence == 'forward' else p * (log_p - log_q - kl[..., None])
+  weight = np.arange(targets.size).reshape(*targets.shape, 1)
+  slope = weight * (np.eye(VOCAB)[targets] - p - 0.3 * by_logits)
+  wanted = ((np.take_along_axis(log_p, targets[..., None], -1)[..., 0], right, kl),
+            (slope @ unembed.T, np.einsum('ntd,ntv->dv', hidden, slope), np.zeros(teacher_hidden.shape),
+             np.zeros(teacher_unembed.shape)))
+  assert 0 < right.mean() < 1 and kl.min() > 0.1
+  for chunk in (5, 4096):
+    got = taught_values(hidden, targets, unembed, teacher_hidden, teacher_unembed, divergence, chunk)
+    assert all(x.dtype == jnp.float32 for x in got[0])
+    assert_close(got, wanted)
+
+
+def test_without_a_teacher_the_log_probs_are_the_same_and_nothing_diverges():
+  hidden, targets, unembed = inputs(3)
+  logp, right, apart = taught(lambda h: h @ unembed, hidden, targets, chunk=8)
+  assert_close(logp, token_logprobs(lambda h: h @ unembed, hidden, targets, chunk=8)[0])
+  np.testing.assert_array_equal(right, targets == np.argmax(hidden @ unembed, axis=-1))
+  assert not apart.any()

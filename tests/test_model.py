@@ -140,7 +140,8 @@ def test_a_size_that_cannot_be_is_refused_by_its_name_with_the_remedy(changes, w
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-  with pytest.raises(ValueError, match="no preset 'v4': use one of tiny, small, v2_lite_16b, moonlight_16b, v3_671b"):
+  known = 'tiny, tiny_dense, small, v2_lite_16b, moonlight_16b, v3_671b'
+  with pytest.raises(ValueError, match=f"no preset 'v4': use one of {known}"):
     preset('v4')
 
 

@@ -1,16 +1,19 @@
 """The planner: HLO read with its loops, collectives costed on the torus, small programs with known answers."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
 
-from moe_rl.planner import count, hlo
+from moe_rl.main import load_experiment
+from moe_rl.planner import count, hlo, programs, suggest
 from moe_rl.planner.compile import compile_all, needed_bytes, read_buffers
 from moe_rl.planner.cost import HOP, Network
 from moe_rl.planner.count import Collective, Work
 from moe_rl.planner.topologies import parse
+from moe_rl.runtime.mesh import AXES
 
 LOOPS = """HloModule m, num_partitions=8
 %body (p: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
@@ -125,7 +128,7 @@ def compiled():
   return {p.name: p for p in done.programs}
 
 
-def work(compiled, name, rounds=None):
+def work(compiled, name, **rounds):
   return count.count(hlo.parse(compiled[name].hlo)).total(rounds)
 
 
@@ -140,7 +143,12 @@ def test_small_programs_have_their_known_work(compiled):
   assert work(compiled, 'nested').flops == 15 * 2 * 512**3
   (c, n), = work(compiled, 'exchanged').collectives.items()
   assert (c.kind, n, c.received) == ('all-to-all', 1, 256 * 512 * 2 / 2)
-  assert work(compiled, 'of length').flops == 2 * 512**3 and work(compiled, 'of length', 10).flops == 10 * 2 * 512**3
+  # Two squarings a microbatch, in a loop of its own inside: each goes round as often as is said of its name.
+  assert work(compiled, 'of length').flops == 2 * 512**3
+  assert work(compiled, 'of length', microbatches=10).flops == 10 * 2 * 512**3
+  assert work(compiled, 'of length', microbatches=10, exchanges=3).flops == 30 * 2 * 512**3
+  names = [x.name for x in count.count(hlo.parse(compiled['of length'].hlo)).open_loops()]
+  assert names == ['microbatches', 'exchanges']
 
 
 @needs_libtpu
@@ -161,6 +169,93 @@ def test_the_command_refuses(arguments, wanted):
   done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
+
+
+def plan_command(*arguments: str, before: str = '') -> subprocess.CompletedProcess:
+  """`python -m moe_rl.plan` on the tiny experiment, in a process where `before` has run."""
+  code = f'{before}\nimport runpy\nrunpy.run_module("moe_rl.plan", run_name="__main__", alter_sys=True)'
+  return subprocess.run([sys.executable, '-c', code, '--config=experiments/r1_zero.py', *arguments],
+                        capture_output=True, text=True, check=False)
+
+
+@needs_libtpu
+def test_what_does_not_fit_ends_with_status_1_and_the_remedy():
+  done = plan_command('--topology=v5e:1x1', '--only=init', '--config.model.vocab_size=20000000')  # 10 GB, five times
+  assert done.returncode == 1 and 'init: DOES NOT FIT' in done.stdout
+  assert 'GiB a device more than there is: take more chips' in done.stderr
+
+
+def test_without_the_compiler_it_says_what_to_install():
+  done = plan_command('--topology=v5e:1x1', before='import sys; sys.modules["libtpu"] = None')
+  assert done.returncode == 2 and "libtpu) is not installed: pip install 'moe_rl[plan]'" in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@needs_libtpu
+def test_a_program_that_kills_its_process_costs_itself_alone():
+  deadly, harmless = compile_all(parse('v5e:2x2'), 'tests.planner_programs:deadly', {}).programs
+  assert deadly.error.startswith('the compiler ended with status 9') and 'out of luck' in deadly.error
+  assert not deadly.memory and harmless.memory and not harmless.error
+
+
+@needs_libtpu
+def test_a_process_that_makes_no_programs_is_told_with_its_last_words():
+  with pytest.raises(ValueError, match='ended with status 7. Its last words:\nno programs today'):
+    compile_all(parse('v5e:2x2'), 'tests.planner_programs:stillborn', {})
+
+
+def suggestions(preset, topology, seconds, tries=6, minutes=15.0, **changes):
+  """`suggest` where compiling is a function: (mesh, remat) -> (seconds a step, GiB a device)."""
+  config, asked = load_experiment('experiments/r1_zero.py', preset), []
+  config.update_from_flattened_dict(changes)
+
+  def plan(config, topology, *, only, **options):
+    asked.append((suggest.mesh_of(config), config.model.remat))
+    took, gib = seconds(*asked[-1])
+    return {'fits': gib <= topology.generation.hbm_device / 2**30, 'programs': [
+      {'name': 'GRPO update', 'runs_a_step': 1, 'peak_bytes': gib * 2**30, 'seconds': {'overlapped': took / 2,
+                                                                                       'apart': took}}]}
+  options = {'prompt_tokens': 1024, 'patience': 60.0, 'progress': lambda *_: None}
+  return suggest.suggest(config, parse(topology), plan, tries=tries, minutes=minutes, options=options), asked
+
+
+def test_suggestions_try_meshes_then_remat_on_the_best_and_rank_what_fits():
+  def seconds(mesh, remat):
+    took, gib = {'full': (0.4, 60), 'halves': (0.2, 80), 'dots': (0.1, 99)}[remat]
+    return mesh['expert'] + took, gib
+  result, asked = suggestions('moonlight_16b', 'v5p:2x2x4', seconds, **{'rl.prompts_per_step': 128})
+  assert [remat for _, remat in asked] == ['full'] * 4 + ['halves', 'dots']
+  best = min((mesh for mesh, _ in asked[:4]), key=lambda mesh: mesh['expert'])
+  assert asked[4][0] == asked[5][0] == best
+  assert [f['remat'] for f in result['suggestions']] == ['halves', 'full', 'full', 'full', 'full', 'dots']
+  assert result['suggestions'][0]['mesh'] == best and not result['suggestions'][-1]['fits']
+  assert f'{result["meshes_left"]} more meshes' in suggest.table(result)
+
+
+def test_suggestions_end_with_their_time_after_one_at_the_least():
+  result, asked = suggestions('tiny', 'v5e:2x2', lambda *_: (1.0, 1.0), minutes=0.0)
+  assert len(asked) == len(result['suggestions']) == 1
+
+
+def test_suggestions_refuse_before_any_compile_what_no_mesh_holds():
+  with pytest.raises(ValueError, match='the best needs .* GiB a device: take more chips, or lower prompts_per_step'):
+    suggestions('v3_671b', 'v5e:4x4', None)
+
+
+def test_tables_of_slices_divide_hold_their_state_and_keep_the_papers_updates():
+  experiment = 'experiments/r1_zero.py'
+  with pytest.raises(ValueError, match='moonlight_16b@v5p:2x2x4.*--suggest') as refused:
+    load_experiment(experiment, 'tiny@v5e:2x2')
+  for name in re.findall(r'\w+@\w+:[\dx]+', str(refused.value))[1:]:
+    preset, _, slice_ = name.partition('@')
+    topology, plain = parse(slice_), load_experiment(experiment, preset)
+    config = programs.for_planning(load_experiment(experiment, name), 1024)
+    sizes, sized = programs.check(config, topology.devices)
+    held = suggest.least_bytes(sized, tuple(sizes[a] for a in AXES), suggest.state_shapes(config))
+    assert held < topology.generation.hbm_device, name
+    for rl in (config.rl, plain.rl):
+      assert rl.prompts_per_step // rl.minibatches * rl.group_size == 512  # samples an update
+      assert rl.steps * rl.minibatches == 650 * 16 and rl.reference_every * rl.minibatches == 400
 
 
 def test_the_attention_kernel_counts_the_blocks_that_causality_leaves():

@@ -47,7 +47,9 @@ def assert_same_run(actual, wanted):
 
 
 def without_clocks(record: dict) -> dict:
-  return {k: v for k, v in record.items() if k not in ('seconds', 'base')}
+  kept = {k: v for k, v in record.items() if k not in ('seconds', 'base', 'costs')}
+  work = {name: (part['flops'], part['tokens']) for name, part in record.get('costs', {}).items()}
+  return kept | {'work': work}
 
 
 @dataclasses.dataclass(frozen=True)

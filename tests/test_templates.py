@@ -24,7 +24,7 @@ from moe_rl.rl.sampler import make_sampler
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import make_mesh
 from moe_rl.runtime.run import CompileCounter
-from moe_rl.stages import rl
+from moe_rl.stages import rl, sampling
 
 TALK = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'What is 2+3?'},
         {'role': 'assistant', 'content': '<think>\n2 and 3 are 5</think>\n\nIt is 5 😀'},
@@ -238,7 +238,7 @@ def test_every_template_makes_the_prompts_of_a_run(template, known):
 def test_the_stage_stops_on_every_eos_and_grades_the_answer_with_its_opening(folders, monkeypatch):
   config = configs.with_lengths(run_config(tokenizer=str(folders['deepseek']), template='r1_think'), 32)
   t, seen = load_tokenizer(str(folders['deepseek'])), []
-  monkeypatch.setattr(rl, 'make_sampler', lambda *_, eos_id, **__: seen.append(eos_id) or (lambda: None))
+  monkeypatch.setattr(sampling, 'make_sampler', lambda *_, eos_id, **__: seen.append(eos_id) or (lambda: None))
   stage = rl.RL(config, make_mesh(configs.mesh_sizes(config, 1), jax.devices()[:1]))
   assert seen == [t.eos_ids] * 2 == [stage.tokenizer.eos_ids] * 2
   prompts = load_prompts(config, t).held_out[:2]

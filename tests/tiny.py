@@ -1,5 +1,7 @@
 """Shared by tests: a model that compiles in seconds, its variables, and the comparison of two trees."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -49,6 +51,15 @@ def quick_jit(function, **options):
   """jit with less of XLA's optimisation on CPU, which halves the time to compile; for what needs no speed."""
   quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
   return jax.jit(function, compiler_options=quick, **options)
+
+
+@contextlib.contextmanager
+def quick_compiles():
+  """Whole stages run in this process, compiled with less of XLA's optimisation, which is most of their time."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
 
 
 def assert_trees_close(actual, wanted, rtol: float):

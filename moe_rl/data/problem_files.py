@@ -1,8 +1,8 @@
 """From a file of problems to its records, each with its line and, where it cannot be read, the reason.
 
-Read are JSON lines, one JSON array of objects, and CSV with a header; UTF-8 with or without a byte order
-mark, lines ended by LF or CRLF, blank lines anywhere. A fault of the whole file raises DataError; a fault of
-one record stays with that record, so that all of them can be told at once.
+Read are JSON lines, one JSON array of objects, CSV with a header, and Parquet (its line is the row, from 1); text is
+UTF-8 with or without a byte order mark, lines ended by LF or CRLF, blank lines anywhere. A fault of the whole file
+raises DataError; a fault of one record stays with that record, so that all of them can be told at once.
 """
 
 import codecs
@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import decimal
 import difflib
+import io
 import json
 import pathlib
 import re
@@ -48,6 +49,8 @@ class Float:
 
 def read_records(path) -> list[Record]:
   """The records of a file in its order; raises DataError if there is no file or nothing in it."""
+  if path.suffix.lower() == '.parquet':
+    return _parquet_records(path, _read_bytes(path))
   lines, records = _decode_lines(path, _read_bytes(path))
   if path.suffix.lower() == '.csv':
     records += _csv_records(lines)
@@ -58,6 +61,26 @@ def read_records(path) -> list[Record]:
   if not records:
     raise DataError(f'{path}: the file holds no record: give a file with at least one problem')
   return sorted(records, key=lambda record: record.line)
+
+
+def parse_records(path, parse) -> list:
+  """parse(record) of every record of a file, in its order; parse raises BadRecord for a bad one.
+
+  Raises DataError naming the file, up to five bad lines and the remedy, or as `read_records`.
+  """
+  out, faults = [], []
+  for record in read_records(path):
+    try:
+      if record.why:
+        raise BadRecord(record.why)
+      out.append(parse(record))
+    except BadRecord as bad:
+      faults.append(f'  {path}:{record.line}: {bad}')
+  if faults:
+    more = [f'  and {len(faults) - SHOWN} more'] if len(faults) > SHOWN else []
+    raise DataError('\n'.join([f'{path}: {len(faults)} of {len(faults) + len(out)} records cannot be used:',
+                               *faults[:SHOWN], *more, 'Mend or delete them.']))
+  return out
 
 
 def _read_bytes(path):
@@ -71,9 +94,9 @@ def _read_bytes(path):
     cwd = pathlib.Path.cwd()
     raise DataError(f'{path}: there is no such file{hint}: check the path, seen from {cwd}') from None
   except IsADirectoryError:
-    endings = ('.jsonl', '.json', '.csv')
+    endings = ('.jsonl', '.json', '.csv', '.parquet')
     files = sorted(child.name for child in path.iterdir() if child.suffix.lower() in endings)
-    held = ', '.join(files[:SHOWN]) or 'no .jsonl, .json or .csv file'
+    held = ', '.join(files[:SHOWN]) or 'no .jsonl, .json, .csv or .parquet file'
     raise DataError(f'{path}: is a directory: name one file in it (it holds {held})') from None
   except OSError as error:
     raise DataError(f'{path}: cannot be read ({error.strerror}): check its permissions') from None
@@ -154,6 +177,32 @@ def _array_records(text):
     why = 'stands after the end of the array: delete it, or write one object on each line, without [ and ]'
     records.append(Record(text.count('\n', 0, rest) + 1, why=why))
   return records
+
+
+def _parquet_records(path, raw):
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError as error:
+    raise DataError(f"{path}: reading Parquet takes pyarrow: pip install 'moe_rl[parquet]', or save it as JSON lines"
+                    ) from error
+  try:
+    rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+  except pyarrow.ArrowException as error:
+    why = str(error).splitlines()[0]
+    raise DataError(f'{path}: is no Parquet file ({why}): was it downloaded to the end?') from error
+  if not rows:
+    raise DataError(f'{path}: the file holds no record: give a file with at least one problem')
+  return [Record(number, _as_json(row)) for number, row in enumerate(rows, 1)]
+
+
+def _as_json(value):
+  """The value as the JSON reader would give it: floats by their digits."""
+  if isinstance(value, dict):
+    return {name: _as_json(part) for name, part in value.items()}
+  if isinstance(value, list):
+    return [_as_json(part) for part in value]
+  return Float(repr(value)) if isinstance(value, float) else value
 
 
 def _csv_records(lines):

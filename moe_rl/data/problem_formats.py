@@ -1,12 +1,13 @@
-r"""From one record of a problem file to (question, reference, kind), by format.
+r"""From one record of a problem file to (question, reference, kind) or (question, reference, kind, level), by format.
 
   gsm8k      `question`, `answer`; the gold answer, a number, follows the last '####' of `answer`.
-  math       `problem`, `answer`; without an answer, the last \boxed{...} of `solution`.
+  math       `problem`, `answer`; without an answer, the last \boxed{...} of `solution`; if there, the problem's `level`
+             or `difficulty` ('Level 5', 5 or 5.0).
   countdown  `{"input": "30,100,93", "output": "23"}`, or the 24 game's CSV with its column `Puzzles`.
   choice     `question`, `choices` or `options`, `answer` or `correct`: a letter, or a number from 0 (MMLU, AQuA).
   mbpp       `text` or `prompt`, `test_list` of asserts; if there, `test_setup_code`, `test_imports`.
   jsonl      `question`, `prompt` or `problem`; `answer` or `reference`; if wanted `kind`, the accuracy function
-             (otherwise 'math').
+             (otherwise 'math'), and `level`.
 
 Where several names will do, the first in the order above that is there counts.
 """
@@ -33,6 +34,7 @@ _CHOICES = ('choices', 'options')
 _NUMBER = re.compile(r'[+-]?[0-9]+(\.[0-9]+)?')
 _THOUSANDS = re.compile(r'[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?')
 _LABEL = re.compile(r'^\(?[A-Z][).:]\s*')
+_LEVELS = ('level', 'difficulty')
 
 # Telling the formats apart.
 
@@ -74,7 +76,7 @@ def _guess_json(fields):
   return 'jsonl' if asked and answered else None
 
 
-# Formats: one record to (question, reference, kind), or BadRecord.
+# Formats: one record to (question, reference, kind) with a level if it has one, or BadRecord.
 
 
 def _parse_gsm8k(record):
@@ -93,14 +95,14 @@ def _parse_gsm8k(record):
 def _parse_math(record):
   question = text_field(record, 'problem')
   if record.get('answer') is not None or record.get('solution') is None:
-    return question, _gold(record, 'answer'), 'math'
+    return question, _gold(record, 'answer'), 'math', _level(record)
   reference = extract.last_boxed(text_field(record, 'solution'))
   if not reference:
     raise BadReference(
       "field 'answer' is absent and 'solution' has no last \\boxed{...} with text and balanced "
       'braces in it: add one of them'
     )
-  return question, reference, 'math'
+  return question, reference, 'math', _level(record)
 
 
 def _parse_countdown(record):
@@ -137,7 +139,16 @@ def _parse_jsonl(record):
   if '####' in reference:
     raise BadRecord("the answer holds '####', as in GSM8K: name the format gsm8k, or write the answer alone")
   kind = text_field(record, 'kind') if fields.get('kind') is not None else 'math'
-  return question, _plain(reference) if kind in ('integer', 'math') else reference, kind
+  return question, _plain(reference) if kind in ('integer', 'math') else reference, kind, _level(record)
+
+
+def _level(record):
+  """'Level 5', 5 and 5.0 -> '5'; '' where there is none: nobody's training depends on it."""
+  key = _first_present(record, _LEVELS)
+  try:
+    return re.sub(r'(?i)^level\s*', '', text_field(record, key))
+  except BadRecord:
+    return ''
 
 
 def _first_present(fields, keys):

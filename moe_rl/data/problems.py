@@ -34,12 +34,14 @@ class Problem:
   question: text for the template, without outer white space.
   reference: gold answer as text, in the form that the accuracy function `kind` reads.
   kind: name of an accuracy function, see `moe_rl/rl/rewards/functions.py`.
+  level: how hard it is, as the file or the task says, such as '5'; '' where nothing is said.
   """
 
   id: int
   question: str
   reference: str
   kind: str
+  level: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ SPLITS = ('train', 'held_out')
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """`8+1-8+9=?`: one-digit terms from left to right, every running total within 0..max_total."""
+  """`8+1-8+9=?`: one-digit terms from left to right, every running total within 0..max_total. A problem's level is its
+  number of terms."""
 
   seed: int = 0
   min_terms: int = 4
@@ -31,7 +32,7 @@ class Chain:
     while True:
       question, totals = self.draw(rng)
       if held_out(question) == (split == 'held_out'):
-        return Problem(index, question, str(totals[-1]), 'integer')
+        return Problem(index, question, str(totals[-1]), 'integer', str(len(totals)))
 
   def draw(self, rng: random.Random) -> tuple[str, list[int]]:
     """A question and its running totals, the first term being the first total."""

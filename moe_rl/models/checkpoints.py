@@ -80,12 +80,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
   """Reads config and headers of a checkpoint of any kind.
 
   path: a Hugging Face folder, a hub id such as 'Qwen/Qwen2.5-Math-1.5B' (with '@revision' if wanted; the library's
-  cache and its offline mode are honoured), a .safetensors file of ours, 'embedded' (the base in the package), or the
-  folder of a run, whose newest checkpoint is meant. Raises ValueError, naming the path and the remedy, for what is none
-  of these or is damaged.
+  cache and its offline mode are honoured), a .safetensors file of ours, 'embedded' or 'embedded_dense' (the package's
+  bases), or the folder of a run, whose newest checkpoint is meant. Raises ValueError, naming the path and the remedy,
+  for what is none of these or is damaged.
   """
   where = f"'{path}'"
-  found = EMBEDDED if str(path) == 'embedded' else pathlib.Path(path)
+  found = EMBEDDED.get(str(path), pathlib.Path(path))
   if not found.exists():
     if str(path) != str(found) or not HUB_ID.fullmatch(str(path)):
       raise ValueError(f'{where}: cannot be read (there is no such file or folder): {KINDS}')
@@ -148,7 +148,25 @@ def _open_run(where: str, path: pathlib.Path) -> Checkpoint:
   return Checkpoint(where, 'run', path, fields, tensors, step)
 
 
+def made_for(checkpoint: Checkpoint) -> tuple[str, str]:
+  """(tokenizer as `load_tokenizer` takes it, name of the prompts' template) that are known to belong to the weights, ''
+  for what is not known."""
+  if checkpoint.kind == 'hub':
+    return str(checkpoint.path), ''
+  if checkpoint.kind == 'run':
+    config = json.loads((checkpoint.path / 'config.json').read_text())
+    return config['tokenizer'], config['template']
+  return ('tiny', 'short') if checkpoint.path in EMBEDDED.values() else ('', '')
+
+
 # Checking.
+
+
+def check_speaks(checkpoint: Checkpoint):
+  """Raises ValueError for the weights of a reward model, which have no logits."""
+  if checkpoint.model.head == 'scalar':
+    raise ValueError(f"{checkpoint.where}: a reward model, which gives a number and no tokens: give a language model "
+                     "here, and this as --config.rewards.model of a run with the reward term `model`")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,7 @@ class ModelConfig:
   qkv_bias: bool = False  # Qwen2
   qk_norm: bool = False  # RMSNorm of each head's query and key before they turn: Qwen3
   tied: bool = False  # the embedding is the output matrix too
+  head: str = 'vocabulary'  # logits; or 'scalar': one number a token in their place, which makes a reward model
   llama3: Llama3Rope | None = None
 
   # How it runs; changes no number beyond rounding.
@@ -115,6 +116,9 @@ class ModelConfig:
     need(self.expert_path in ('auto', 'ragged', 'rounds', 'dense'),
          f"expert_path '{self.expert_path}': use 'auto', 'ragged', 'rounds' or 'dense'")
     need(self.mtp_layers in (0, 1), f'mtp_layers {self.mtp_layers}: only 0 and 1 exist')
+    need(self.head in ('vocabulary', 'scalar'), f"head '{self.head}': use 'vocabulary' or 'scalar'")
+    need(self.head == 'vocabulary' or not self.mtp_layers,
+         f"head 'scalar' predicts no token: set mtp_layers {self.mtp_layers} to 0")
     if self.moe_layers or self.mtp_layers:
       self._check_experts()
 
@@ -159,6 +163,7 @@ MOE_FIELDS = ('experts', 'shared_experts', 'top_k', 'expert_ff', 'groups', 'kept
 def own_fields(config: ModelConfig) -> dict:
   """The fields that this kind of model reads, sections (yarn, llama3) as dicts. ModelConfig's defaults are the rest."""
   hidden = {'attention', 'tied', *GQA_FIELDS} if config.attention == 'mla' else {*MLA_FIELDS}
+  hidden |= {'head'}
   if not config.experts:
     hidden |= {*MOE_FIELDS}
   default = {f.name: f.default for f in dataclasses.fields(config)}
@@ -198,12 +203,15 @@ _LLAMA = dict(
   attention='gqa', vocab_size=128_256, head_dim=128, kv_heads=8, rope_theta=500_000.0, llama3=Llama3Rope(),
   norm_eps=1e-5, init_std=0.02, max_length=131_072, compute_dtype='bfloat16', remat='full')
 
-# Sizes of the released models are those of their config.json; `tiny` and `small` are ours.
+# Sizes of the released models are those of their config.json; `tiny`, `tiny_dense` and `small` are ours.
 PRESETS: dict[str, dict] = {
   'tiny': dict(
     vocab_size=384, layers=3, dense_layers=1, width=128, dense_ff=256, heads=4, q_lora=0, kv_lora=64,
     nope_dim=16, rope_dim=16, v_dim=32, experts=8, shared_experts=1, top_k=2, expert_ff=96, rope_theta=200.0,
     groups=1, kept_groups=1, route_scale=1.0, mtp_layers=1, init_std=0.04, max_length=1024),
+  'tiny_dense': dict(  # a student for `tiny`: its vocabulary, a Qwen3 in small
+    attention='gqa', vocab_size=384, layers=4, dense_layers=4, width=96, dense_ff=256, heads=4, kv_heads=2, head_dim=24,
+    qk_norm=True, tied=True, rope_theta=200.0, init_std=0.04, max_length=1024),
   'small': dict(
     vocab_size=8192, layers=12, dense_layers=1, width=512, dense_ff=2048, heads=8, q_lora=256, kv_lora=128,
     nope_dim=64, rope_dim=32, v_dim=64, experts=16, shared_experts=1, top_k=4, expert_ff=288,

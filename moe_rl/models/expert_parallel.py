@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_rl.runtime.mesh import TRAINING, Layout
+from moe_rl.runtime.programs import EXCHANGES
 
 EXPERT_AXES = TRAINING['experts']  # the devices along these hold all experts between them, in every table
 BUFFER, LEAST_BUFFER = 1.25, 256  # of a device, over its even share of the pairs; and at least so many of them
@@ -134,7 +135,8 @@ class Group:
   def over_rounds(self, body, total):
     def one(i, total):
       return body(Exchange(self.traffic, i * self.capacity, self.capacity, self.native), total)
-    return jax.lax.fori_loop(0, self.rounds, one, total)
+    with jax.named_scope(EXCHANGES):
+      return jax.lax.fori_loop(0, self.rounds, one, total)
 
   def forward(self, x, gate, *weights):
     """y [n, D] of tokens x [n, D], gates [n, K] and this device's own experts' weights."""

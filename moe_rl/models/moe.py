@@ -3,7 +3,7 @@
 DeepSeek-V3 (arXiv:2412.19437) eq. 12 to 20. `experts` is the one door to the routed experts; behind it are three
 forms of the same sum, chosen by shape and backend:
   ragged  sort by expert, grouped products with `ragged_dot`: TPU and GPU.
-  rounds  batched products over a buffer of bounded capacity; what overflows goes in a further round: CPU.
+  rounds  batched products over a buffer of bounded capacity; what overflows goes in further rounds, by blocks: CPU.
   dense   every expert on every token: a handful of tokens.
 """
 
@@ -20,7 +20,7 @@ from moe_rl.models.config import ModelConfig
 from moe_rl.models.layers import SwiGLU, place, product, weight
 from moe_rl.runtime.mesh import Layout
 
-FIRST_ROUND, FURTHER_ROUNDS = 1.25, 0.25  # buffer of an expert, over its even share of the pairs
+FIRST_ROUND, BLOCK = 1.25, 0.25  # slots of an expert's buffer, and of a block of overflow, over its even share
 DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
 
 
@@ -195,32 +195,44 @@ def _plan(picked, num_experts):
   return order, first_E, count_E, rank
 
 
-def _capacities(pairs: int, num_experts: int) -> tuple[int, int]:
-  """Slots an expert in the first round, and in each further one."""
+def _sizes(pairs: int, num_experts: int) -> tuple[int, int, int]:
+  """Slots an expert in the first round; slots of a block in a further one, and how many blocks that has."""
   even = -(-pairs // num_experts)
-  return tuple(min(pairs, -(-math.ceil(even * factor) // 8) * 8) for factor in (FIRST_ROUND, FURTHER_ROUNDS))
+  first, block = (min(pairs, -(-math.ceil(even * share) // 8) * 8) for share in (FIRST_ROUND, BLOCK))
+  return first, block, max(1, num_experts // 8)
 
 
-def _over_rounds(body, total, count_E, capacities):
-  """total = body(total, ranks from, ranks up to) for as many rounds as the fullest expert needs."""
-  first, further = capacities
-  rounds = -(-jnp.maximum(count_E.max() - first, 0) // further)
-  return jax.lax.fori_loop(0, rounds, lambda r, total: body(total, first + r * further, further), body(total, 0, first))
-
-
-def _round(plan, picked, start, capacity, num_experts):
-  """Gather indices of the round for ranks start .. start + capacity in each expert, and their inverse.
-
-  pair_ExC: which pair sits in a slot (any, where not used); used_ExC: bool; slot_NxK: where a pair sits, E * C for
-  pairs of another round.
-  """
+def _first_round(plan, picked, slots, num_experts):
+  """pair_ExC: which pair sits in a slot (any, where not used); used_ExC: bool; slot_NxK: where a pair sits, E * C for
+  pairs of another round."""
   order, first_E, count_E, rank_NxK = plan
-  rank_C = start + jnp.arange(capacity)
-  used_ExC = rank_C < count_E[:, None]
+  rank_C = jnp.arange(slots)
   pair_ExC = order[jnp.minimum(first_E[:, None] + rank_C, picked.size - 1)]
-  here = (rank_NxK >= start) & (rank_NxK < start + capacity) & (picked < num_experts)
-  slot_NxK = jnp.where(here, picked * capacity + rank_NxK - start, num_experts * capacity)
-  return pair_ExC, used_ExC, slot_NxK
+  here = (rank_NxK < slots) & (picked < num_experts)
+  slot_NxK = jnp.where(here, picked * slots + rank_NxK, num_experts * slots)
+  return pair_ExC, rank_C < count_E[:, None], slot_NxK
+
+
+def _over_blocks(body, total, plan, sizes):
+  """total = body(total, expert_G, pair_GxC, used_GxC) over what the first round had no room for.
+
+  An expert's overflow is cut into blocks, and each round takes G of them, whosever they are: so an expert that
+  overflows costs its own blocks and not a pass over all experts. Blocks of the last round may be empty.
+  """
+  order, first_E, count_E, _ = plan
+  slots, block, group = sizes
+  blocks_E = -(-jnp.maximum(count_E - slots, 0) // block)
+  end_E = jnp.cumsum(blocks_E)
+
+  def one_round(r, total):
+    number_G = r * group + jnp.arange(group)
+    expert_G = jnp.minimum(jnp.searchsorted(end_E, number_G, side='right'), count_E.size - 1)
+    nth_G = number_G - (end_E - blocks_E)[expert_G]
+    rank_GxC = slots + nth_G[:, None] * block + jnp.arange(block)
+    used_GxC = (number_G < end_E[-1])[:, None] & (rank_GxC < count_E[expert_G][:, None])
+    pair_GxC = order[jnp.clip(first_E[expert_G][:, None] + rank_GxC, 0, order.size - 1)]
+    return body(total, expert_G, pair_GxC, used_GxC)
+  return jax.lax.fori_loop(0, -(-end_E[-1] // group), one_round, total)
 
 
 def _take_slots(y_ExCxD, slot_NxK):
@@ -232,38 +244,39 @@ def _take_slots(y_ExCxD, slot_NxK):
 
 @jax.custom_vjp
 def _rounds(x, gate, w_gate, w_up, w_down, picked):
-  """Experts over buffers [E, C, D]: gathers both ways, batched products, as many rounds as the fullest expert needs.
+  """Experts over buffers [E, C, D]: batched products of all experts once, then of blocks of those that overflow.
 
   The number of rounds depends on the data, which reverse-mode differentiation of a loop cannot follow; so the
-  backward pass is written out. It gathers where the transpose of a gather would scatter (several times faster on CPU)
-  and recomputes the hidden layer, so that nothing of size [rounds, E, C, F] is kept.
+  backward pass is written out. In the first round it gathers where the transpose of a gather would scatter (several
+  times faster on CPU). It recomputes the hidden layer, so that nothing of size [rounds, E, C, F] is kept.
   """
   return _rounds_forward(x, gate, w_gate, w_up, w_down, picked)[0]
 
 
 def _rounds_forward(x, gate, w_gate, w_up, w_down, picked):
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
-  plan = _plan(picked, num_experts)
+  plan, sizes = _plan(picked, num_experts), _sizes(picked.size, num_experts)
   w_in = jnp.concatenate([w_gate, w_up], axis=-1)  # one product is faster than two
 
-  def body(y, start, capacity):
-    pair, used, slot = _round(plan, picked, start, capacity, num_experts)
+  def compute(pair, used, w_in, w_down):
     a, b = jnp.split(_mm(x[pair // top_k], w_in), 2, axis=-1)
-    out = _mm(nn.silu(a) * b, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
-    return y + _take_slots(out, slot)
-  y = _over_rounds(body, jnp.zeros_like(x), plan[2], _capacities(picked.size, num_experts))
+    return _mm(nn.silu(a) * b, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
+
+  def block(y, expert, pair, used):
+    return y.at[pair // top_k].add(compute(pair, used, w_in[expert], w_down[expert]))
+  pair, used, slot = _first_round(plan, picked, sizes[0], num_experts)
+  y = _over_blocks(block, _take_slots(compute(pair, used, w_in, w_down), slot), plan, sizes)
   return y, (x, gate, w_gate, w_up, w_down, picked)
 
 
 def _rounds_backward(saved, dy):
   x, gate, w_gate, w_up, w_down, picked = saved
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
-  plan = _plan(picked, num_experts)
+  plan, sizes = _plan(picked, num_experts), _sizes(picked.size, num_experts)
   w_in = jnp.concatenate([w_gate, w_up], axis=-1)
 
-  def body(grads, start, capacity):
-    dx, dgate, dw_in, dw_down = grads
-    pair, used, slot = _round(plan, picked, start, capacity, num_experts)
+  def compute(pair, used, w_in, w_down):
+    """Gradients of the rows and gates of some slots, and of their experts' weights."""
     rows, dout = x[pair // top_k], dy[pair // top_k] * used[..., None]
     gate_slot = gate.reshape(-1)[pair][..., None]
     a, b = jnp.split(_mm(rows, w_in), 2, axis=-1)
@@ -271,16 +284,20 @@ def _rounds_backward(saved, dy):
     silu = a * sigmoid
     hidden = silu * b
     dhidden = _mm(dout, w_down.swapaxes(1, 2))
-    dgate_slot = (dhidden * hidden).sum(-1)
+    dgate = (dhidden * hidden).sum(-1)
     dhidden = dhidden * gate_slot
     dab = jnp.concatenate([dhidden * b * (sigmoid + silu * (1 - sigmoid)), dhidden * silu], axis=-1)
-    return (
-      dx + _take_slots(_mm(dab, w_in.swapaxes(1, 2)), slot),
-      dgate + dgate_slot.reshape(-1).at[slot].get(mode='fill', fill_value=0),
-      dw_in + _outer(rows, dab), dw_down + _outer(hidden * gate_slot, dout))
-  zeros = tuple(jnp.zeros_like(a) for a in (x, gate, w_in, w_down))
-  dx, dgate, dw_in, dw_down = _over_rounds(body, zeros, plan[2], _capacities(picked.size, num_experts))
-  return dx, dgate, *jnp.split(dw_in, 2, axis=-1), dw_down, None
+    return _mm(dab, w_in.swapaxes(1, 2)), dgate, _outer(rows, dab), _outer(hidden * gate_slot, dout)
+
+  def block(grads, expert, pair, used):
+    dx, dgate, dw_in, dw_down = compute(pair, used, w_in[expert], w_down[expert])
+    return (grads[0].at[pair // top_k].add(dx), grads[1].at[pair].add(dgate), grads[2].at[expert].add(dw_in),
+            grads[3].at[expert].add(dw_down))
+  pair, used, slot = _first_round(plan, picked, sizes[0], num_experts)
+  dx, dgate, dw_in, dw_down = compute(pair, used, w_in, w_down)
+  first = (_take_slots(dx, slot), dgate.reshape(-1).at[slot.reshape(-1)].get(mode='fill', fill_value=0), dw_in, dw_down)
+  dx, dgate, dw_in, dw_down = _over_blocks(block, first, plan, sizes)
+  return dx, dgate.reshape(gate.shape), *jnp.split(dw_in, 2, axis=-1), dw_down, None
 
 
 _rounds.defvjp(_rounds_forward, _rounds_backward)

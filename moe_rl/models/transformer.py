@@ -100,7 +100,9 @@ class Transformer(nn.Module):
     if c.moe_layers:
       self.moe = stack(c, True, c.moe_layers, 'moe', self.layout)
     self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    if c.tied:
+    if c.head == 'scalar':
+      self.scalar = weight(self, 'scalar', (c.width,), ('norm',), nn.initializers.zeros)
+    elif c.tied:
       self.unembed = self.embed.T
     else:
       self.unembed = weight(self, 'unembed', (c.width, c.vocab_size), ('embed', 'vocab'))
@@ -143,6 +145,10 @@ class Transformer(nn.Module):
     """[..., D] -> float32 [..., V]."""
     return jnp.dot(self.final_norm(hidden), self.unembed, preferred_element_type=jnp.float32)
 
+  def score(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [...]: the scalar head's number, which is 0 everywhere before training."""
+    return jnp.dot(self.final_norm(hidden), self.scalar, preferred_element_type=jnp.float32)
+
   def second_hidden(self, hidden_NxTxD, ids_NxT, positions_NxT, segments_NxT) -> jax.Array:
     """Multi-token prediction, depth 1 (eq. 21, 22): hidden [N, T, D] at i, for `second_logits` of token i + 2.
 
@@ -162,7 +168,7 @@ class Transformer(nn.Module):
     hidden = self(ids_NxT, positions_NxT, segments_NxT).hidden_NxTxD
     if self.config.mtp_layers:
       self.second_logits(self.second_hidden(hidden, ids_NxT, positions_NxT, segments_NxT))
-    return self.logits(hidden)
+    return self.score(hidden) if self.config.head == 'scalar' else self.logits(hidden)
 
 
 class MTP(nn.Module):

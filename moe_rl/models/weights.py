@@ -9,7 +9,9 @@ import numpy as np
 
 from moe_rl.models.safetensors_io import plan_shards, write_file
 
-EMBEDDED = pathlib.Path(__file__).parents[1] / 'data' / 'assets' / 'tiny_base.safetensors'
+_ASSETS = pathlib.Path(__file__).parents[1] / 'data' / 'assets'
+# The bases in the package, by the name that config.init_from has for them.
+EMBEDDED = {'embedded': _ASSETS / 'tiny_base.safetensors', 'embedded_dense': _ASSETS / 'tiny_dense_base.safetensors'}
 
 
 def save_weights(path: pathlib.Path, variables: dict, config: dict, dtype: str = 'bfloat16'):

@@ -119,8 +119,7 @@ class Watch:
       self.progress(name, time.time() - self.started)
       if ended:
         return None
-      if current and (hlo := self.hlo_file(current['program'])) and self.buffers(current['program']) and (
-          time.time() - hlo.stat().st_mtime > self.patience):
+      if current and (written := self._written(current['program'])) and time.time() - written > self.patience:
         return current
       time.sleep(0.2)
 
@@ -172,6 +171,12 @@ class Watch:
 
   def buffers(self, program: int) -> pathlib.Path | None:
     return self._largest(program, '*after_optimizations-buffer-assignment.txt')
+
+  def _written(self, program: int) -> float | None:
+    """When its HLO and buffers were in the dump, as a Unix time; None before. The compiler writes the HLO once more
+    after the buffers, so that those are whole by then."""
+    last = self._largest(program, '*after_optimizations_after_buffer_assignment.txt')
+    return last.stat().st_mtime if last and self.hlo_file(program) and self.buffers(program) else None
 
   def _largest(self, program: int, pattern: str) -> pathlib.Path | None:
     files = list((self.dump / str(program)).glob(pattern))

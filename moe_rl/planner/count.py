@@ -10,6 +10,8 @@ import collections
 import dataclasses
 import math
 import re
+import types
+from collections.abc import Mapping
 
 from moe_rl.planner import kernels
 from moe_rl.planner.hlo import Computation, Instruction, Module, Scope, Shape, Trips, enter, groups
@@ -69,20 +71,19 @@ class Work:
       self.collectives[c] += times * n
     self.loops += other.loops
 
-  def total(self, open_rounds: float | None = None) -> 'Work':
-    """The same without loops, each multiplied out. open_rounds: of the outermost loops whose length is data ('unknown'
-    or 'at most'); None: 1 and the most. Loops of unknown length inside those, or inside others, count once."""
+  def total(self, rounds: Mapping[str, float] = types.MappingProxyType({})) -> 'Work':
+    """The same without loops, each multiplied out. rounds: of the loops whose length is data ('unknown' or 'at most'),
+    by their name; those that it does not name count once, or as often as at most."""
     out = Work(self.flops, self.hbm, collections.Counter(self.collectives))
     for loop in self.loops:
-      mine = loop.trips.certain != 'known' and open_rounds is not None
-      body = loop.body.total(None if mine else open_rounds)
-      out.add(body, open_rounds if mine else loop.trips.count)
+      data = loop.trips.certain != 'known'
+      out.add(loop.body.total(rounds), rounds.get(loop.name, loop.trips.count) if data else loop.trips.count)
     return out
 
   def open_loops(self) -> list['Loop']:
-    """Outermost loops whose length is data."""
-    return [inner for loop in self.loops
-            for inner in ([loop] if loop.trips.certain != 'known' else loop.body.open_loops())]
+    """All loops whose length is data, outer ones before those inside."""
+    return [found for loop in self.loops
+            for found in [*([loop] if loop.trips.certain != 'known' else []), *loop.body.open_loops()]]
 
   @property
   def received(self) -> float:
@@ -91,9 +92,16 @@ class Work:
 
 @dataclasses.dataclass
 class Loop:
+  """source: its path in the program that was traced, `jit(sample)/decode/while`."""
+
   source: str
   trips: Trips
   body: Work
+
+  @property
+  def name(self) -> str:
+    """The scope that it stands in directly, such as one of `programs.LOOPS`."""
+    return ([''] + self.source.split('/'))[-2]
 
 
 def count(module: Module) -> Work:
@@ -331,7 +339,7 @@ def _braces(attributes: str, key: str) -> str:
   return attributes[start + 1:]
 
 
-def dearness(work: Work) -> float:
-  """Seconds on a chip of middling rates: only to choose between branches."""
-  total = work.total()
+def dearness(work: Work, rounds: Mapping[str, float] = types.MappingProxyType({})) -> float:
+  """Seconds on a chip of middling rates: only to choose between branches and loops."""
+  total = work.total(rounds)
   return total.flops / 4e14 + total.hbm / 2e12 + total.received / 2e11

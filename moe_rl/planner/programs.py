@@ -7,7 +7,7 @@ import ml_collections
 from moe_rl.planner import topologies
 from moe_rl.runtime.programs import Program
 
-STAGES = ('pretrain', 'rl')
+STAGES = ('pretrain', 'sft', 'rl', 'reward_model')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,12 @@ def for_planning(config, prompt_tokens: int):
   if config.stage not in STAGES:
     raise ValueError(f"config.stage '{config.stage}' runs no programs to plan: use one of {', '.join(STAGES)}")
   config = ml_collections.ConfigDict(config.to_dict())
+  if config.stage == 'sft':
+    config.sft.path = config.sft.path or 'given when it runs'
+    config.sft.row_tokens = config.sft.row_tokens or config.model.max_length
+  if config.stage == 'reward_model':
+    c = config.reward_model
+    c.path, c.row_tokens = c.path or 'given when it runs', c.row_tokens or 2 * config.model.max_length
   if config.stage == 'rl':
     config.task.path = config.task.path or 'given when it runs'
     s = config.sampling
@@ -47,19 +53,28 @@ def for_planning(config, prompt_tokens: int):
 def check(config, devices: int) -> tuple[dict, object]:
   """(mesh sizes, config with its lengths). Raises ValueError with the remedy for what does not divide or fit."""
   from moe_rl import config as configs
+  from moe_rl import validation
   from moe_rl.runtime.mesh import rows_over
-  configs.validate(config, devices, vocab_size=0)
+  validation.validate(config, devices, vocab_size=0)
   sizes = configs.mesh_sizes(config, devices)
   if config.stage == 'rl':
     config = configs.with_lengths(config, config.sampling.max_prompt_tokens, rows_over(sizes))
+  if config.stage == 'sft':
+    config = configs.with_row_tokens(config, config.sft.row_tokens, rows_over(sizes))
+  if config.stage == 'reward_model':
+    config = configs.with_example_length(config, config.reward_model.row_tokens, rows_over(sizes))
   return sizes, config
 
 
 def make(topology, config: dict) -> Made:
   """config: as a plain dict, from `for_planning`. Called where programs are compiled."""
+  from moe_rl.planner.estimate import steps_of
   from moe_rl.runtime.mesh import AXES, make_mesh
-  from moe_rl.stages import pretrain, rl
+  from moe_rl.stages import pretrain, reward_model, rl, sft
   sizes, config = check(ml_collections.ConfigDict(config), topology.devices)
   mesh = make_mesh(sizes, topologies.order(topology, tuple(sizes[a] for a in AXES)))
-  stage = rl.RL(config, mesh, Ending()) if config.stage == 'rl' else pretrain.Pretraining(config, mesh)
+  made = {'pretrain': lambda: pretrain.Pretraining(config, mesh), 'rl': lambda: rl.RL(config, mesh, Ending()),
+          'sft': lambda: sft.SFT(config, mesh, steps_of(config)),
+          'reward_model': lambda: reward_model.RewardModelling(config, mesh, steps_of(config))}
+  stage = made[config.stage]()
   return Made(stage.programs(), mesh, stage.abstract)

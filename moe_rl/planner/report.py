@@ -1,8 +1,11 @@
 """A plan as a table for people, and as JSON."""
 
+import dataclasses
+
 from moe_rl.planner.estimate import Row, by_kind
 from moe_rl.planner.prices import API_PER_MILLION, H800_NODE_TOKENS_PER_SECOND
 from moe_rl.planner.topologies import GIB, Topology
+from moe_rl.runtime.programs import LOOPS
 
 
 def as_json(topology: Topology, mesh: dict, rows: list[Row], run: dict, notes: list[str]) -> dict:
@@ -17,19 +20,19 @@ def program(r: Row, topology: Topology) -> dict:
   c = r.compiled
   out = {'name': c.name, 'fits': r.fits, 'peak_bytes': c.peak, 'memory': c.memory, 'resident_bytes': c.resident,
          'error': c.error, 'compiler': c.compiler, 'compile_seconds': c.seconds, 'code_generated': not c.cut,
-         'loops_of_data_length': list(r.open_loops), 'rounds_assumed': r.load.rounds, 'runs_a_step': r.load.a_step}
+         'loops_of_data_length': [dataclasses.asdict(x) for x in r.loops], 'runs_a_step': r.load.a_step}
   if r.work:
     overlapped, apart = r.utilisation(topology)
     out |= {'flops': r.work.flops, 'hbm_bytes': r.work.hbm, 'collectives': by_kind(r.work),
-            'seconds': parts(r.seconds), 'seconds_a_round': parts(r.round) if r.round else None,
+            'seconds': parts(r.seconds),
+            'seconds_a_round': {'loop': r.round[0], **parts(r.round[1])} if r.round else None,
             'useful_flops': r.load.useful, 'utilisation': {'overlapped': overlapped, 'apart': apart}}
   return out
 
 
 def parts(s) -> dict:
   return {'compute': s.compute, 'hbm': s.hbm, 'interconnect': s.interconnect, 'overlapped': s.overlapped,
-    'apart': s.apart,
-          'bound': s.bound}
+          'apart': s.apart, 'bound': s.bound}
 
 
 def text(plan: dict) -> str:
@@ -61,13 +64,17 @@ def _program(p: dict, capacity: float) -> list[str]:
   if told := p['compiler'].get('optimal_seconds'):
     lines.append(f'  the compiler {told:.4g} s, loops counted once' + (' (no estimate: opaque calls)' if told < 0
       else ''))
-  if p['seconds_a_round']:
-    rounds = p['rounds_assumed'] or 1
-    lines.append(f'  a round      {_seconds(p["seconds_a_round"])}; '
-                 f'{rounds:,.0f} assumed of {", ".join(p["loops_of_data_length"])}')
+  if a_round := p['seconds_a_round']:
+    lines.append(f'  {"a round of":<12} {a_round["loop"]}: {_seconds(a_round)}')
+    lines.append('  rounds       ' + ', '.join(_rounds(x) for x in p['loops_of_data_length']))
   if p['useful_flops']:
     lines.append(f'  utilisation  {u["overlapped"]:.1%} overlapped, {u["apart"]:.1%} with nothing overlapped')
   return lines
+
+
+def _rounds(x: dict) -> str:
+  """A loop whose length is data: those that the programs do not name are told by where they stand."""
+  return f'{x["name"] if x["name"] in LOOPS else x["source"]} {x["assumed"]:,.0f} ({x["certain"]})'
 
 
 def _seconds(s: dict) -> str:
@@ -105,5 +112,6 @@ def remedy(plan: dict) -> str:
                  'further (config.mesh.fsdp, expert, tensor), lower microbatch_rows or prompts_per_step, '
                  'or set config.model.remat=full')
     elif not p['fits']:
-      out.append(f'{p["name"]} could not be compiled: {p["error"].splitlines()[0][:300]}')
+      why = p['error'].splitlines()[0][:300] if p['error'] else 'the compiler left no account of its memory'
+      out.append(f'{p["name"]} could not be compiled: {why}')
   return '\n'.join(out)

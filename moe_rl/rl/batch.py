@@ -4,6 +4,7 @@ import flax
 import jax
 import numpy as np
 
+from moe_rl.data.packing import place
 from moe_rl.rl.sampler import Rollout
 
 
@@ -65,15 +66,3 @@ def pack(rollout: Rollout, advantage_BxG, weight_BxG, *, row_tokens: int, microb
       out['picks'][row, answer] = rollout.picks_BxGxSxLxK[b, g, :r]
   packed = {k: v.reshape(microbatches, microbatch_rows, *v.shape[1:]) for k, v in out.items()}
   return PackedBatch(**packed), -(-rows // microbatch_rows)
-
-
-def place(lengths: np.ndarray, capacity: int) -> tuple[list[int], list[int], int]:
-  """First-fit decreasing: (row of each sample, its start in the row, rows used). Ties keep their order."""
-  row_of, start_of, used = [0] * len(lengths), [0] * len(lengths), []
-  for n in np.argsort(-lengths, kind='stable'):
-    row = next((i for i, u in enumerate(used) if u + lengths[n] <= capacity), len(used))
-    if row == len(used):
-      used.append(0)
-    row_of[n], start_of[n] = row, used[row]
-    used[row] += int(lengths[n])
-  return row_of, start_of, len(used)

@@ -8,6 +8,7 @@ from moe_rl.models.attention import LatentCache
 from moe_rl.models.heads import distribution
 from moe_rl.models.layers import place
 from moe_rl.models.transformer import Transformer
+from moe_rl.runtime.programs import DECODING
 
 
 @flax.struct.dataclass
@@ -113,7 +114,7 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
         picks = jax.lax.dynamic_update_slice_in_dim(picks, jnp.moveaxis(read, 0, 2)[:, :, None], t - 1, axis=2)
       return t + 1, token, stopped | ends(token), cache, response, logps, picks
 
-    with jax.named_scope('decode'):
+    with jax.named_scope(DECODING):
       carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps, picks)
       _, _, stopped, _, response, logps, picks = jax.lax.while_loop(going_on, step, carry)
     ended = ends(response)

@@ -10,6 +10,7 @@ from moe_rl.models.transformer import Transformer, for_compute, whole_vocabulary
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch
 from moe_rl.rl.objectives import chosen
+from moe_rl.runtime.programs import MICROBATCHES
 from moe_rl.runtime.state import TrainState
 
 
@@ -41,7 +42,8 @@ def make_scoring(net: Transformer, c, sampling: dict):
     def one(i, logp):
       own, _, _ = score(net, variables, jax.tree.map(lambda x: x[i], batch), sampling)
       return logp.at[i].set(own)
-    logp = jax.lax.fori_loop(0, microbatches, one, jnp.zeros_like(batch.logp))
+    with jax.named_scope(MICROBATCHES):
+      logp = jax.lax.fori_loop(0, microbatches, one, jnp.zeros_like(batch.logp))
     answer = batch.weight > 0
     logp = jnp.where(answer, logp, 0.0)
     tokens = jnp.maximum(answer.sum(), 1)
@@ -95,7 +97,8 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
       return jax.tree.map(jnp.add, total[0], grads), jax.tree.map(jnp.add, total[1], sums), jax.tree.map(
         jnp.maximum, total[2], peaks), total[3] + load
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-    grads, sums, peaks, load = jax.lax.fori_loop(0, microbatches, add, zeros)
+    with jax.named_scope(MICROBATCHES):
+      grads, sums, peaks, load = jax.lax.fori_loop(0, microbatches, add, zeros)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     router = move_bias(state.router, load, c.bias_rate)

@@ -34,12 +34,59 @@ def _grouped(c: ModelConfig) -> tuple[int, int]:
   return c.width * (2 * queries + c.latent_dim), 2 * queries
 
 
-def grpo_flops(model: ModelConfig, prompt_length_B, length_BxG, reference: bool) -> dict[str, float]:
-  """Useful FLOPs of one GRPO step by part: 'rollout' (a prompt's prefill once a group, then every new token) and
-  'update' (forward and backward, 3 forwards, of every sample with its prompt; one more for the reference)."""
+def sampling_flops(model: ModelConfig, prompt_length_B, length_BxG) -> float:
+  """Useful FLOPs of sampling: a prompt's prefill once a group, then every new token."""
   prompt, length = np.asarray(prompt_length_B, np.float64), np.asarray(length_BxG, np.float64)
-  whole = prompt[:, None] + length
-  rollout = forward_flops(model, prompt.sum(), (prompt**2).sum() / 2 / prompt.sum(), head_tokens=prompt.size)
-  rollout += forward_flops(model, length.sum(), (length * (prompt[:, None] + length / 2)).sum() / length.sum())
-  forward = forward_flops(model, whole.sum(), (whole**2).sum() / 2 / whole.sum(), head_tokens=length.sum())
-  return {'rollout': rollout, 'update': forward * (4 if reference else 3)}
+  prefill = forward_flops(model, prompt.sum(), (prompt**2).sum() / 2 / prompt.sum(), head_tokens=prompt.size)
+  context = (length * (prompt[:, None] + length / 2)).sum() / length.sum()
+  return prefill + forward_flops(model, length.sum(), context)
+
+
+def scoring_flops(model: ModelConfig, prompt_length_B, length_BxG) -> float:
+  """Useful FLOPs of one forward pass over every sample with its prompt."""
+  length = np.asarray(length_BxG, np.float64)
+  whole = np.asarray(prompt_length_B, np.float64)[:, None] + length
+  return forward_flops(model, whole.sum(), (whole**2).sum() / 2 / whole.sum(), head_tokens=length.sum())
+
+
+def update_forwards(reference: bool) -> int:
+  """Forward passes that an update is worth: forward and backward are three, the reference is one more."""
+  return 4 if reference else 3
+
+
+def grpo_flops(model: ModelConfig, prompt_length_B, length_BxG, reference: bool) -> dict[str, float]:
+  """Useful FLOPs of one GRPO step by part: 'rollout' (`sampling_flops`) and 'update' (`update_forwards` times
+  `scoring_flops`)."""
+  return {'rollout': sampling_flops(model, prompt_length_B, length_BxG),
+          'update': scoring_flops(model, prompt_length_B, length_BxG) * update_forwards(reference)}
+
+
+class Costs:
+  """What a run has spent, by part ('rollout', 'scoring', 'update', …): useful FLOPs, device-seconds, tokens and $.
+
+  devices: how many the parts run on; device_hour: $ of one for an hour, 0 where it costs nothing or is not known;
+  kept: the `record` of an earlier call that this run goes on from.
+  """
+
+  def __init__(self, devices: int, device_hour: float, kept: dict | None = None):
+    self.devices, self.device_hour = devices, device_hour
+    self.parts = {name: dict(part) for name, part in (kept or {}).items() if name != 'total'}
+
+  def add(self, name: str, flops: float = 0.0, seconds: float = 0.0, tokens: int = 0):
+    """seconds: wall time of the part, in which all devices count as busy."""
+    part = self.parts.setdefault(name, {'flops': 0.0, 'device_seconds': 0.0, 'tokens': 0})
+    part['flops'] += float(flops)
+    part['device_seconds'] += seconds * self.devices
+    part['tokens'] += int(tokens)
+
+  def record(self) -> dict:
+    """{part: {'flops', 'device_seconds', 'tokens', 'dollars'}} and their 'total'."""
+    total = {k: sum(part[k] for part in self.parts.values()) for k in ('flops', 'device_seconds', 'tokens')}
+    return {name: {k: part[k] for k in total} | {'dollars': part['device_seconds'] / 3600 * self.device_hour}
+            for name, part in (*self.parts.items(), ('total', total))}
+
+  def scalars(self) -> tuple[dict, dict]:
+    """For TensorBoard: what equal runs share (FLOPs, tokens), and what they do not (time, money)."""
+    total = self.record()['total']
+    return ({f'cost/{k}': total[k] for k in ('flops', 'tokens')},
+            {f'cost/{k}': total[k] for k in ('device_seconds', 'dollars')})

@@ -3,7 +3,7 @@ order, mesh and restart change no draw."""
 
 import jax
 
-PURPOSES = ('init', 'rollout', 'eval')
+PURPOSES = ('init', 'rollout', 'eval', 'sample', 'chat')
 
 
 def key_for(seed: int, purpose: str, *address: int | jax.Array) -> jax.Array:

@@ -12,25 +12,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX
 
+from moe_rl.runtime import hosts
+
 # Keys that may differ between the run that made a folder and the one that goes on in it.
-FREE_KEYS = ('checkpoint.', 'rewards.workers', 'rewards.timeout_s', 'rewards.memory_mb', 'mesh.', 'eval.every')
+FREE_KEYS = ('checkpoint.', 'device_hour', 'rewards.workers', 'rewards.timeout_s', 'rewards.memory_mb', 'mesh.',
+             'eval.every', 'sampling.batch_samples')
 
 
-class Run:
-  """One workdir. Only process 0 writes what is not a checkpoint.
+class Workdir:
+  """A folder that belongs to one config. Only process 0 writes.
 
-  Layout: config.json, checkpoints/, metrics.jsonl (a line a step), evaluations.jsonl, TensorBoard event files,
-  summary.json at the end.
+  Layout: config.json, TensorBoard event files, summary.json at the end.
   """
 
   def __init__(self, config, workdir: str | os.PathLike):
+    if '://' in str(workdir):
+      raise ValueError(f'--workdir {workdir}: a folder is needed; mount the bucket (gcsfuse) and give its path')
     self.path = pathlib.Path(workdir).absolute()
     self.main = jax.process_index() == 0
     self._claim(config)
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
-    self._writer, self._metrics, self._handlers = None, None, {}
-    self.stop_requested = False
+    self._writer, self._handlers = None, {}
+    self._stop = False
 
   def _claim(self, config):
     try:
@@ -49,6 +51,85 @@ class Run:
     elif any((self.path / 'checkpoints').glob('[0-9]*')):
       raise ValueError(f'--workdir {self.path} has checkpoints but no config.json to compare with: use another')
 
+  def finished(self) -> dict | None:
+    """The summary of a run that is complete: to be given again, with nothing left to do."""
+    path = self.path / 'summary.json'
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get('complete') else None
+
+  def open(self, purge_step: int | None = None):
+    """Makes the folder this config's own. Not earlier: a start that is refused leaves no mark on it."""
+    if not self.main:
+      return
+    if not (self.path / 'config.json').exists():
+      replace(self.path / 'config.json', json.dumps(self._config, indent=1))
+    self._writer = tensorboardX.SummaryWriter(str(self.path), purge_step=purge_step, flush_secs=10)
+
+  def scalars(self, step: int, numbers: dict[str, float]):
+    """Numbers to TensorBoard."""
+    if self.main:
+      for k, v in numbers.items():
+        self._writer.add_scalar(k, v, step)
+
+  def evaluation(self, step: int, record: dict):
+    """A held-out evaluation's numbers to TensorBoard."""
+    self.scalars(step, {f'eval/{k}': v for k, v in record.items() if isinstance(v, float)})
+
+  def histogram(self, step: int, name: str, values):
+    if self.main:
+      self._writer.add_histogram(name, np.asarray(values), step)
+
+  def text(self, step: int, name: str, text: str):
+    if self.main:
+      self._writer.add_text(name, text, step)
+
+  def summary(self, record: dict):
+    """summary.json."""
+    if self.main:
+      replace(self.path / 'summary.json', json.dumps(record, indent=1) + '\n')
+
+  def close(self):
+    if self._writer:
+      self._writer.close()
+    for number, handler in self._handlers.items():  # a notebook's own Ctrl-C is back
+      signal.signal(number, handler)
+
+  @property
+  def stop_requested(self) -> bool:
+    """Whether any host was asked to stop. All hosts have to ask this equally often, as they do so together."""
+    return any(hosts.gather(self._stop))
+
+  @stop_requested.setter
+  def stop_requested(self, asked: bool):
+    self._stop = asked
+
+  def agreed(self, value, what: str):
+    """The value. Raises ValueError unless all hosts see the same in the folder; what: the value is."""
+    seen = hosts.gather(value)
+    if any(other != value for other in seen):
+      raise ValueError(f'--workdir {self.path}: {what} {seen} as the hosts see it: use a folder that all hosts share')
+    return value
+
+  def catch_signals(self):
+    """SIGTERM (a preempted TPU) and SIGINT ask the loop to save and stop; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+      return
+
+    def handler(number, _):
+      self._stop = True
+      signal.signal(number, signal.SIG_DFL)
+    self._handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+class Run(Workdir):
+  """A workdir with a state that goes on: checkpoints/, metrics.jsonl (a line a step), evaluations.jsonl besides."""
+
+  def __init__(self, config, workdir: str | os.PathLike):
+    super().__init__(config, workdir)
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
+    self._metrics = None
+
   @property
   def begun(self) -> bool:
     """Whether there is a checkpoint to go on from."""
@@ -56,13 +137,11 @@ class Run:
 
   def finished(self) -> dict | None:
     """The summary of a run that is complete: to be given again, with nothing left to do."""
-    path = self.path / 'summary.json'
-    summary = json.loads(path.read_text()) if self.begun and path.exists() else {}
-    return summary if summary.get('complete') else None
+    return super().finished() if self.begun else None
 
   def restore(self, abstract_state) -> tuple[int, object, dict] | None:
     """(step, state, host record) of the newest checkpoint, or None. Later lines of metrics.jsonl are taken back."""
-    step = self._manager.latest_step()
+    step = self.agreed(self._manager.latest_step(), 'the newest checkpoint is of step')
     if step is None:
       self._open(0)
       return None
@@ -72,16 +151,14 @@ class Run:
     return step, got['state'], got['host']
 
   def _open(self, step: int):
+    self.open(purge_step=step + 1 if step else None)
     if not self.main:
       return
-    if not (self.path / 'config.json').exists():  # only now: a start that is refused leaves no mark on the folder
-      _replace(self.path / 'config.json', json.dumps(self._config, indent=1))
     for path in (self.path / 'metrics.jsonl', self.path / 'evaluations.jsonl'):
       lines = path.read_text().splitlines() if path.exists() else []
       kept = [line for line in lines if _step_of(line) <= step] if step else []
-      _replace(path, ''.join(line + '\n' for line in kept))
+      replace(path, ''.join(line + '\n' for line in kept))
     self._metrics = (self.path / 'metrics.jsonl').open('a', buffering=1)
-    self._writer = tensorboardX.SummaryWriter(str(self.path), purge_step=step + 1 if step else None, flush_secs=10)
 
   def save(self, step: int, state, host: dict):
     """Starts writing a checkpoint; returns once the device arrays are copied. Waits for the one before."""
@@ -97,49 +174,26 @@ class Run:
     numbers = {k: _number(v) for k, v in numbers.items()}
     seconds = {k: _number(v) for k, v in seconds.items()}
     self._metrics.write(json.dumps({'step': step, **numbers, 'time': seconds}) + '\n')
-    for k, v in (*numbers.items(), *seconds.items()):
-      self._writer.add_scalar(k if '/' in k else f'train/{k}', v, step)
+    self.scalars(step, {k if '/' in k else f'train/{k}': v for k, v in (*numbers.items(), *seconds.items())})
 
   def log_evaluation(self, step: int, record: dict):
     """A held-out evaluation's numbers to evaluations.jsonl and TensorBoard."""
     if self.main:
       with (self.path / 'evaluations.jsonl').open('a') as f:
         f.write(json.dumps({'step': step, **record}) + '\n')
-      for k in ('pass@1', 'mean_tokens', 'format', 'truncated'):
-        self._writer.add_scalar(f'eval/{k}', record[k], step)
-
-  def histogram(self, step: int, name: str, values):
-    if self.main:
-      self._writer.add_histogram(name, np.asarray(values), step)
-
-  def text(self, step: int, name: str, text: str):
-    if self.main:
-      self._writer.add_text(name, text, step)
+      self.evaluation(step, record)
 
   def summary(self, record: dict):
     """summary.json, once the last checkpoint is whole."""
     self._manager.wait_until_finished()
-    if self.main:
-      _replace(self.path / 'summary.json', json.dumps(record, indent=1) + '\n')
+    super().summary(record)
 
   def close(self):
     self._manager.wait_until_finished()
     self._manager.close()
-    if self._writer:
-      self._writer.close()
+    if self._metrics:
       self._metrics.close()
-    for number, handler in self._handlers.items():  # a notebook's own Ctrl-C is back
-      signal.signal(number, handler)
-
-  def catch_signals(self):
-    """SIGTERM (a preempted TPU) and SIGINT ask the loop to save and stop; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-      return
-
-    def handler(number, _):
-      self.stop_requested = True
-      signal.signal(number, signal.SIG_DFL)
-    self._handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    super().close()
 
 
 class CompileCounter:
@@ -188,10 +242,10 @@ def compare(old: dict, new: dict, prefix: str = '') -> list[str]:
   return out
 
 
-def _replace(path: pathlib.Path, text: str):
+def replace(path: pathlib.Path, text: str):
   """Writes by a temporary file and a rename, so that a kill leaves the old text or the new."""
   temporary = path.with_name(path.name + '.partial')
-  temporary.write_text(text)
+  temporary.write_text(text, encoding='utf-8')
   temporary.replace(path)
 
 

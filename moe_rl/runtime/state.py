@@ -81,13 +81,18 @@ def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
   return meshes.abstract(nn.unbox(boxed), shardings), shardings
 
 
-def sampler_variables(model: ModelConfig, mesh) -> dict:
-  """{'params', 'router'} of ShapeDtypeStruct as the sampler reads them: compute_dtype, placed by the sampling table."""
+def compute_variables(model: ModelConfig, mesh, rules: dict[str, tuple[str, ...]]) -> dict:
+  """{'params', 'router'} of ShapeDtypeStruct of a model that is only read: compute_dtype, placed by a table."""
   boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-  shardings = meshes.shardings(boxed, mesh, meshes.SAMPLING)
+  shardings = meshes.shardings(boxed, mesh, rules)
   cast = jax.eval_shape(lambda v: v | {'params': transformer.for_compute(model, v['params'])}, nn.unbox(boxed))
   return meshes.abstract({'params': cast['params'], 'router': cast.get('router', {})},
                          {'params': shardings['params'], 'router': shardings.get('router', {})})
+
+
+def sampler_variables(model: ModelConfig, mesh) -> dict:
+  """The variables as the sampler reads them, placed by the sampling table."""
+  return compute_variables(model, mesh, meshes.SAMPLING)
 
 
 def make_relayout(model: ModelConfig, mesh):

@@ -14,12 +14,11 @@ from moe_rl import config as configs
 from moe_rl.data.hf_tokenizer import FILES
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.models import hf_names
-from moe_rl.models.checkpoints import Checkpoint, check
+from moe_rl.models.checkpoints import Checkpoint, check, check_speaks, made_for
 from moe_rl.models.config import ModelConfig
 from moe_rl.models.hf_export import Beside, announced, check_room, export, hub_config, make_take
 from moe_rl.models.hf_import import abstract_variables, load_variables
 from moe_rl.models.safetensors_io import size_of
-from moe_rl.models.weights import EMBEDDED
 from moe_rl.runtime.programs import Program
 from moe_rl.stages.start import open_for
 
@@ -64,6 +63,7 @@ def convert(checkpoint: Checkpoint, model: ModelConfig, out: str | os.PathLike, 
   tokenizer: as `load_tokenizer` takes it, or '' for the one that is known to belong to the weights, if any. What can be
   refused is refused before the weights are read.
   """
+  check_speaks(checkpoint)
   check(checkpoint, model)
   if jax.process_index() == 0:  # the one that writes
     check_room(pathlib.Path(out).absolute(), size_of(announced(model, form)))
@@ -77,10 +77,7 @@ def companions(checkpoint: Checkpoint, model: ModelConfig, tokenizer: str) -> Be
   """Ids and tokenizer files. Raises ValueError for a tokenizer with ids that the model has no embedding for."""
   if not tokenizer and checkpoint.kind == 'hub':
     return _of_folder(checkpoint.path)
-  if not tokenizer and checkpoint.kind == 'run':
-    tokenizer = json.loads((checkpoint.path / 'config.json').read_text())['tokenizer']
-  if not tokenizer and checkpoint.path == EMBEDDED:
-    tokenizer = 'tiny'
+  tokenizer = tokenizer or made_for(checkpoint)[0]
   if not tokenizer:
     return Beside()
   found = load_tokenizer(tokenizer)

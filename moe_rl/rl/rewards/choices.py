@@ -57,11 +57,15 @@ def choice(answer: str, reference: str) -> str:
     return UNPARSABLE_REFERENCE
   if len(answer) > _MAX_CHARS:
     return UNPARSABLE_ANSWER
-  letter, texts = wanted
-  given = _letter_of(plain_numbers.unbox(answer), texts)
+  given = letter(answer, reference)
   if given is None:
     return UNPARSABLE_ANSWER
-  return CORRECT if given == letter else WRONG
+  return CORRECT if given == wanted[0] else WRONG
+
+
+def letter(answer: str, reference: str) -> str | None:
+  """The letter that an answer to a readable reference's question means, None if it means none."""
+  return _letter_of(plain_numbers.unbox(answer), read_reference(reference)[1])
 
 
 def _letter_of(answer: str, texts: list[str]) -> str | None:

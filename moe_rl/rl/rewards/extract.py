@@ -84,6 +84,12 @@ def conclusion(response: str) -> str | None:
   return None if not end and TAGS[0] in response else rest
 
 
+def summary(response: str) -> str:
+  """What a reader is told in the end: the tagged answer, else what follows the thinking; '' if that never ended."""
+  tagged = tagged_answer(response)
+  return (conclusion(response) or '').strip() if tagged is None else tagged
+
+
 def last_boxed(text: str) -> str | None:
   r"""Content of the last \boxed{...}, None if there is none or it has no end; \{ and \} are no braces."""
   start = max((match.end() for match in _BOX.finditer(text)), default=None)

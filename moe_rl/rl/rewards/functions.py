@@ -15,7 +15,7 @@ from collections.abc import Callable
 from moe_rl.rl.rewards import choices, code, countdown, extract, language, mathematics, plain_numbers, text_terms
 from moe_rl.rl.rewards.extract import format_reward
 from moe_rl.rl.rewards.mathematics import MAX_ANSWER_CHARS
-from moe_rl.rl.rewards.verdicts import CORRECT, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
+from moe_rl.rl.rewards.verdicts import CORRECT, OPEN, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
 
 
 def integer(answer: str, reference: str) -> str:
@@ -37,26 +37,36 @@ class Rule:
   extract: response -> its answer, None without one: `extract.tagged_answer` demands the tags.
   readable: whether a reference can be graded against, as anything true; complaint: what it is otherwise.
   quick: reference -> whether `readable` takes microseconds and cannot hang, so that the parent may ask itself.
+  normal: (answer, reference) -> one spelling of answers that are the same; linear time, for the parent.
+  compares: whether answers of different spelling may still be equal: one is `verdict` CORRECT with the other as
+    reference.
   """
   verdict: Callable[[str, str], str]
   extract: Callable[[str], str | None]
   readable: Callable[[str], object]
   complaint: str
   quick: Callable[[str], object] = lambda reference: True
+  normal: Callable[[str, str], object] = lambda answer, reference: ' '.join(answer.split())
+  compares: bool = False
 
 
 ACCURACY: dict[str, Rule] = {
     'integer': Rule(integer, extract.tagged_answer, plain_numbers.canonical_integer,
-                    'not one whole number such as 18 or -1,450'),
+                    'not one whole number such as 18 or -1,450',
+                    normal=lambda answer, reference: plain_numbers.canonical_integer(answer)),
     'math': Rule(mathematics.math, extract.final_answer, mathematics.read_reference,
-                 'neither a plain number nor mathematics that math-verify can read', mathematics.is_plain),
+                 'neither a plain number nor mathematics that math-verify can read', mathematics.is_plain,
+                 normal=mathematics.spelling, compares=True),
     'countdown': Rule(countdown.countdown, extract.tagged_answer, countdown.read_reference,
                       'not JSON such as {"numbers": [3, 8, 8], "target": 24}'),
     'choice': Rule(choices.choice, choices.find_choice, choices.read_reference,
-                   'neither a letter nor JSON such as {"answer": "C", "choices": ["4", "5", "6"]}'),
+                   'neither a letter nor JSON such as {"answer": "C", "choices": ["4", "5", "6"]}',
+                   normal=choices.letter),
     'exact': Rule(choices.exact, extract.tagged_answer, str.strip, 'empty'),
     'code': Rule(code.code, code.find_program, code.read_reference,
                  'no tests: write asserts, or JSON such as {"tests": ["assert f(1) == 2"]}'),
+    'open': Rule(lambda answer, reference: OPEN, lambda response: '', lambda reference: True,
+                 'not needed: a general question has no reference'),
 }
 
 

@@ -99,9 +99,14 @@ def _last_value(text: str) -> str:
   return text.rpartition('=')[2] if not re.search(r'[<>!\\]=', text) else text
 
 
+def spelling(text: str, _=None) -> str:
+  """One spelling of what differs in spaces and delimiters only."""
+  return plain_numbers.tidy(text).replace(' ', '')
+
+
 def _same_text(answer: str, reference: str) -> bool:
   r"""Equal as written, spelling aside; if the reference is all words, `\text{Evelyn}`, in any case."""
-  given, wanted = (plain_numbers.tidy(text).replace(' ', '') for text in (answer, reference))
+  given, wanted = spelling(answer), spelling(reference)
   if plain_numbers.TEXT_MACRO.fullmatch(reference.strip()):
     given, wanted = given.casefold(), wanted.casefold()
   return given == wanted

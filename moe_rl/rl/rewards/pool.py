@@ -58,10 +58,11 @@ class Grade:
 
 
 def count_verdicts(grades: Iterable[Grade]) -> dict[str, int]:
-  """Number of grades by verdict, with a key for every verdict; the values add up to the number of grades."""
+  """Number of grades by verdict, with a key for every verdict, and for 'open' where there are some; the values add up
+  to the number of grades."""
   counts = dict.fromkeys(verdicts.VERDICTS, 0)
   for grade in grades:
-    counts[grade.verdict] += 1
+    counts[grade.verdict] = counts.get(grade.verdict, 0) + 1
   return counts
 
 

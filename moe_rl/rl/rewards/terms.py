@@ -10,9 +10,13 @@
                  Kimi k1.5 (arXiv:2501.12599) sec. 2.3.3.
   overlong[:n]   0 up to n tokens (a fifth of the longest response) before the longest, then falling to -1 there.
                  DAPO (arXiv:2503.14476) eq. 13.
+  model          the number of the reward model config.rewards.model (`model.RewardModel`), on general prompts.
+
+A general prompt (kind `open`) has no reference: there accuracy and length are 0, and model is 0 on all others. So the
+reward is R1's: rules and language for reasoning, model, format and language for the rest (arXiv:2501.12948v2).
 
 The reward is their weighted sum. `language` and `repetition` read text, in the reward workers; `length` and `overlong`
-count tokens, in the trainer. A new term is one function here and one line in `TERMS`.
+count tokens, in the trainer, which runs the model too. A new term is one function here and one line in `TERMS`.
 """
 
 import dataclasses
@@ -25,7 +29,7 @@ import numpy as np
 
 from moe_rl.rl.rewards import text_terms, verdicts
 
-ACCURACY, FORMAT = 'accuracy', 'format'
+ACCURACY, FORMAT, MODEL = 'accuracy', 'format', 'model'
 
 
 def length(tokens_BxG: np.ndarray, correct_BxG: np.ndarray, **_) -> np.ndarray:
@@ -58,7 +62,8 @@ def _whole_number(argument: str) -> None:
 # Name -> the function of the trainer, None where a worker or the grade gives it; what its argument must be, None if it
 # takes none.
 TERMS: dict[str, tuple[Callable | None, Callable[[str], None] | None]] = {
-    ACCURACY: (None, None), FORMAT: (None, None), 'length': (length, None), 'overlong': (overlong, _whole_number),
+    ACCURACY: (None, None), FORMAT: (None, None), MODEL: (None, None), 'length': (length, None),
+    'overlong': (overlong, _whole_number),
     **{name: (None, check) for name, (_, check) in text_terms.TERMS.items()}}
 
 
@@ -145,8 +150,12 @@ class Rewards:
   scores: dict[str, np.ndarray]
 
 
-def rewards(terms: tuple[Term, ...], grades: list, tokens_BxG: np.ndarray, max_new: int) -> Rewards:
-  """The weighted sum. grades: `pool.Grade`s of items with `for_workers` terms, prompts outer, samples inner."""
+def rewards(terms: tuple[Term, ...], grades: list, tokens_BxG: np.ndarray, max_new: int,
+            judged_BxG: np.ndarray | None = None) -> Rewards:
+  """The weighted sum. grades: `pool.Grade`s of items with `for_workers` terms, prompts outer, samples inner.
+
+  judged_BxG: float32, the reward model's numbers, 0 on prompts that are not general; needed where `model` is weighed.
+  """
   shape = np.shape(tokens_BxG)
 
   def array(values) -> np.ndarray:
@@ -154,11 +163,28 @@ def rewards(terms: tuple[Term, ...], grades: list, tokens_BxG: np.ndarray, max_n
   scores = {ACCURACY: array(g.accuracy for g in grades), FORMAT: array(g.format for g in grades)}
   worked = [term for term in terms if term.name in text_terms.TERMS]
   scores |= {term.key: array(g.scores[i] for g in grades) for i, term in enumerate(worked)}
+  is_open = open_prompts(grades, shape)
   for term in terms:
     function = TERMS[term.name][0]
+    if term.name == MODEL:
+      scores[term.key] = np.asarray(judged_BxG, np.float32).reshape(shape)
     if function is not None:
       scores[term.key] = function(tokens_BxG=tokens_BxG, correct_BxG=scores[ACCURACY], max_new=max_new,
                                   argument=term.argument)
+    if term.name == 'length':
+      scores[term.key] = np.where(is_open[:, None], np.float32(0), scores[term.key])
   kept = np.array([g.verdict != verdicts.UNPARSABLE_REFERENCE for g in grades]).reshape(shape)
   total = sum(np.float32(term.weight) * scores[term.key] for term in terms)
   return Rewards(np.where(kept, total, np.float32(0)).astype(np.float32), kept, scores)
+
+
+def open_prompts(grades: list, shape: tuple[int, int]) -> np.ndarray:
+  """bool [B]: the prompts without a reference; a check that was cut short does not hide one."""
+  return np.array([g.verdict == verdicts.OPEN for g in grades]).reshape(shape).any(1)
+
+
+def means(scores: dict[str, np.ndarray], open_B: np.ndarray) -> dict[str, float]:
+  """The mean of each term over the prompts that it is about; terms that are about none of them are left out."""
+  about = {ACCURACY: ~open_B, 'length': ~open_B, MODEL: open_B}
+  parts = {key: score[about.get(key, np.ones_like(open_B))] for key, score in scores.items()}
+  return {key: part.mean() for key, part in parts.items() if part.size}

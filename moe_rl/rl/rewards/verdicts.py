@@ -6,4 +6,5 @@ UNPARSABLE_ANSWER = 'unparsable_answer'
 UNPARSABLE_REFERENCE = 'unparsable_reference'
 TIMEOUT = 'timeout'
 CRASH = 'crash'
+OPEN = 'open'  # there is nothing to check; counted only where there are such prompts
 VERDICTS = (CORRECT, WRONG, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, TIMEOUT, CRASH)
