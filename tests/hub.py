@@ -34,20 +34,20 @@ TIED, LLAMA, V2 = case_of('qwen2', tie_word_embeddings=True), case_of('llama'), 
 FLOATS = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
-def random_tensor(name: str, slots: dict, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-  """Normal numbers of all their bits, by name; a copy has its original's."""
-  seed = slots[name].copy or name
-  return np.random.default_rng(zlib.crc32(seed.encode())).normal(size=shape).astype(np.float32).astype(dtype)
+def random_tensor(name: str, slots: dict, dtype: np.dtype, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
+  """Normal numbers of all their bits, by name; a copy has its original's. std: of matrices."""
+  seed, scale = slots[name].copy or name, std if len(shape) > 1 else 1.0
+  return np.random.default_rng(zlib.crc32(seed.encode())).normal(0, scale, shape).astype(np.float32).astype(dtype)
 
 
-def write_hub(folder: pathlib.Path, case=MTP, form='bfloat16', limit=10**9, **changes) -> pathlib.Path:
-  """A random checkpoint of the case's sizes, as the hub has them; `changes` to its config.json."""
+def write_hub(folder: pathlib.Path, case=MTP, form='bfloat16', limit=10**9, std=1.0, **changes) -> pathlib.Path:
+  """A random checkpoint of the case's sizes, as the hub has them; `changes` to its config.json; std: of its matrices."""
   config = CASES[case] | changes
   model = from_hf_config(config, 'CASES')
   wanted, slots = hf_export.announced(model, form), names(model)
   folder.mkdir(parents=True)
   (folder / 'config.json').write_text(json.dumps(config))
-  write_folder(folder, wanted, lambda name: random_tensor(name, slots, *wanted[name]), limit)
+  write_folder(folder, wanted, lambda name: random_tensor(name, slots, *wanted[name], std), limit)
   return folder
 
 

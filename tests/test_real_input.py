@@ -20,14 +20,16 @@ FILES = {'gsm8k': ('gsm8k/train.jsonl', 'gsm8k/test.jsonl', 8),
 
 @pytest.mark.parametrize('task', FILES)
 def test_r1_zero_runs_on_real_problems_from_a_hub_checkpoint(task, shared_data, tmp_path):
-  folder = write_hub(tmp_path / 'qwen', TIED, 'float32', vocab_size=384, max_position_embeddings=4096,
+  # Numbers of the size that training leaves: with a deviation of 1, softmaxes over hundreds of cells are all or nothing
+  # and magnify rounding to 2e-4 nats.
+  folder = write_hub(tmp_path / 'qwen', TIED, 'float32', std=0.3, vocab_size=384, max_position_embeddings=4096,
                      rope_scaling=None)
   write(folder, 'qwen')
   train, test = (shared_data / name for name in FILES[task][:2])
   config = runs.config_of('r1_zero.py', {
     'init_from': str(folder), 'tokenizer': str(folder), 'template': 'chat',
     'task': dict(name=task, path=str(train), eval_path=str(test)),
-    'sampling': dict(max_prompt_tokens=512, max_new_tokens=16),
+    'sampling': dict(max_prompt_tokens=512, max_new_tokens=16, temperature=0.2),
     'rl': dict(steps=STEPS, prompts_per_step=4, group_size=2), 'optim': dict(warmup_steps=0),
     'rewards': dict(weights='accuracy=1,format=0.1,repetition=1'),
     'eval': dict(every=0, problems=8, samples=1), 'checkpoint': dict(every=0)})
@@ -39,5 +41,5 @@ def test_r1_zero_runs_on_real_problems_from_a_hub_checkpoint(task, shared_data, 
   assert summary['sampler_trainer_gap'] <= 1e-4  # law 1, on prompts of hundreds of tokens
   assert summary['last']['problems'] == FILES[task][2]
   steps = runs.metrics(tmp_path / 'run')
-  assert len(steps) == STEPS and all(100 < step['length/prompt'] <= 512 for step in steps)
+  assert len(steps) == STEPS and all(50 < step['length/prompt'] <= 512 for step in steps)
   assert any(step['train/grad_norm'] > 0 for step in steps)  # noise repeats itself now and then, and is told so
