@@ -12,7 +12,7 @@ from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
 from moe_rl.refusals import choose, refuse
 
 EVAL_SAMPLES = 512  # at once, about, where RL evaluates
-MICROBATCH_TOKENS = 2048  # a device, where microbatch_rows is left to be derived
+MICROBATCH_TOKENS = 1024  # a device, where microbatch_rows is left to be derived
 TRAINING = ('task', 'optim', 'checkpoint')
 # Stage -> the sections that it reads; those that are named nowhere here are read by all.
 STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'sft': ('optim', 'checkpoint', 'sft'),
@@ -93,7 +93,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.sft.epochs = 2
   c.sft.rows_per_step = 32  # packed rows
   c.sft.row_tokens = 0  # width of a packed row; longer examples are left out, counted and named; 0: as the longest
-  c.sft.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
+  c.sft.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 1,024 tokens a device
   c.sft.balance_weight = 0.0  # alpha of V3 eq. 17
   c.sft.bias_rate = 0.0  # router bias a step
   c.sft.teacher = ''  # weights to distil from, named as in init_from, with the same vocabulary; '': text alone
@@ -127,7 +127,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
-  c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
+  c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 1,024 tokens a device
 
   c.sampling = ml_collections.ConfigDict()  # of the rollouts, and of rejection sampling
   c.sampling.temperature = 1.0
@@ -171,7 +171,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.reward_model.epochs = 1
   c.reward_model.examples_per_step = 256  # pairs, or responses
   c.reward_model.row_tokens = 0  # longer examples (a pair is one) are left out; 0: derived from the longest
-  c.reward_model.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device
+  c.reward_model.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 1,024 tokens a device
   c.reward_model.eval_every = 0  # steps; 0: only before and after
 
   c.general_data = ml_collections.ConfigDict()  # lines of what data/general.py writes for the tiny model

@@ -149,17 +149,35 @@ def launch(config, workdir, place=('', 0, -1), wait_s: float = 300) -> dict:
 
   from moe_rl import validation
   from moe_rl.data.tokenizer import load_tokenizer
-  from moe_rl.runtime import hosts
+  from moe_rl.runtime import cores, hosts
   from moe_rl.stages import pipeline
-  hosts.connect(hosts.from_flags(*place) or hosts.from_tpu(), wait_s)
   several = config.stage == 'pipeline'
   validate = pipeline.validate if several else validation.validate
-  derived = validate(config, jax.device_count(), load_tokenizer(config.tokenizer).vocab_size, jax.process_count())
+  vocabulary = load_tokenizer(config.tokenizer).vocab_size
+  where = hosts.from_flags(*place) or hosts.from_tpu()
+  if not where and config.stage != 'pretrain':  # whose sums, in their order, made the base in the package
+    cores.split(next(n for n in cores.candidates(widest(config)) if n == 1 or accepts(validate, config, n, vocabulary)))
+  hosts.connect(where, wait_s)
+  derived = validate(config, jax.device_count(), vocabulary, jax.process_count())
   width = max(map(len, derived))
   for key, value in {'backend': jax.default_backend(), **derived}.items():
     print(f'{key:>{width}}  {value:,}' if isinstance(value, int) else f'{key:>{width}}  {value}', flush=True)
   print(f'{"workdir":>{width}}  {pathlib.Path(workdir).absolute()}', flush=True)
   return pipeline.run(config, workdir) if several else pipeline.run_stage(config, workdir)
+
+
+def widest(config) -> int:
+  """Width of the model, or of the widest of several stages."""
+  sections = config.stages.values() if config.stage == 'pipeline' else [config]
+  return max(section.model.width for section in sections)
+
+
+def accepts(validate, *arguments) -> bool:
+  try:
+    validate(*arguments)
+  except ValueError:
+    return False
+  return True
 
 
 if __name__ == '__main__':

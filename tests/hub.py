@@ -41,7 +41,7 @@ def random_tensor(name: str, slots: dict, dtype: np.dtype, shape: tuple[int, ...
 
 
 def write_hub(folder: pathlib.Path, case=MTP, form='bfloat16', limit=10**9, std=1.0, **changes) -> pathlib.Path:
-  """A random checkpoint of the case's sizes, as the hub has them; `changes` to its config.json; std: of its matrices."""
+  """A random checkpoint of the case's sizes, as the hub has them; std: of its matrices; changes: to its config.json."""
   config = CASES[case] | changes
   model = from_hf_config(config, 'CASES')
   wanted, slots = hf_export.announced(model, form), names(model)

@@ -148,13 +148,17 @@ def test_attention_alone_is_the_same_naive_and_absorbed(variant):
   @jax.jit
   def both(x):
     naive, cells = layer.apply(params, x, positions, jnp.ones((2, 7), jnp.int32))
-    # Four cells as the prompt's, two as the completion's own, the last token new.
-    absorbed, cell = layer.apply(params, x[:, 6:], positions[:, 6:], cells[:, :4], cells[:, None, 4:6],
-                                 jnp.full(2, 4), 2, method=layer.decode)
-    return naive[:, 6:], absorbed, cells[:, 6:], cell
-  naive, absorbed, cells, cell = both(x)
+    cell = layer.apply(params, x[:, 6:], positions[:, 6:], method=layer.cells)
+
+    def absorbed(own, own_length, new):  # four cells are the prompt's
+      return layer.apply(params, x[:, 6:], positions[:, 6:], cells[:, :4], own, jnp.full(2, 4), own_length, new,
+                         method=layer.decode)
+    apart, written = absorbed(cells[:, None, 4:6], 2, cell), absorbed(cells[:, None, 4:], 3, None)
+    return naive[:, 6:], apart, written, cells[:, 6:], cell
+  naive, apart, written, cells, cell = both(x)
   assert np.abs(naive).max() > 0.5
-  np.testing.assert_allclose(absorbed, naive, rtol=0, atol=1e-5)  # entries of size 1, sums of some 100 products
+  for absorbed in (apart, written):
+    np.testing.assert_allclose(absorbed, naive, rtol=0, atol=1e-5)  # entries of size 1, sums of some 100 products
   np.testing.assert_allclose(cell, cells, rtol=0, atol=1e-6)
 
 

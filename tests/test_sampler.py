@@ -215,9 +215,9 @@ def test_the_rollout_returns_its_prompts_and_addresses():
 def test_decoding_stops_when_the_last_answer_is_done(monkeypatch):
   decoded, original = [], Transformer.decode
 
-  def counting(self, ids, cache):
+  def counting(self, ids, cache, live):
     jax.debug.callback(decoded.append, cache.own_length)
-    return original(self, ids, cache)
+    return original(self, ids, cache, live)
   monkeypatch.setattr(Transformer, 'decode', counting)
   sample = quick_jit(make_sampler(Transformer(MODEL), group=GROUP, max_new=MAX_NEW, eos_id=EOS))
 

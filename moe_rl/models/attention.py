@@ -23,28 +23,37 @@ LATENT_NORM_EPS = 1e-6  # both latent norms, whatever norm_eps says: the release
 class LatentCache:
   """What decode reads: a cell a token, as the model's attention makes and reads it, layers leading.
 
-  A group's completions share their prompt's cells, which are stored once.
+  A group's completions share their prompt's cells, which are stored once. The layers are an axis or, after `split`, a
+  tuple. An axis is scanned over, which compiles one layer; a tuple is decoded layer by layer, which spares CPU the
+  copies of each layer's part that a scan makes.
 
   prompt_LxBxPxZ: cells of the prompts, in the compute dtype; own_LxBxGxSxZ: cells of each completion;
   prompt_length_B: int32, cells of the prompt that hold a token; own_length: int32 scalar, cells written.
   """
 
-  prompt_LxBxPxZ: jax.Array
-  own_LxBxGxSxZ: jax.Array
+  prompt_LxBxPxZ: jax.Array | tuple[jax.Array, ...]
+  own_LxBxGxSxZ: jax.Array | tuple[jax.Array, ...]
   prompt_length_B: jax.Array
   own_length: jax.Array
 
+  def split(self) -> 'LatentCache':
+    """The same with a tuple over layers."""
+    return self.replace(prompt_LxBxPxZ=tuple(self.prompt_LxBxPxZ), own_LxBxGxSxZ=tuple(self.own_LxBxGxSxZ))
 
-def decode_weights(prompt, own, new, prompt_length_B, own_length, dtype):
-  """Softmax over prompt cells, own cells and the new one together, as three arrays of `dtype`.
 
-  prompt, own, new: float32 scores [B, G, ..., cells]; visible: cells p < prompt_length_B, s < own_length and the new.
+def decode_weights(scores, prompt_length_B, own_length, dtype) -> list[jax.Array]:
+  """Softmax over all parts of a cache together, as arrays of `dtype` of the parts' shapes.
+
+  scores: float32 [B, G, ..., cells] of prompt cells, of own cells and, where it is a part, of the new one; visible are
+  cells p < prompt_length_B, s < own_length and the new.
   """
+  prompt, own, *new = scores
   length = prompt_length_B.reshape(-1, *[1] * (prompt.ndim - 1))
   prompt = jnp.where(jnp.arange(prompt.shape[-1]) < length, prompt, MASKED)
   own = jnp.where(jnp.arange(own.shape[-1]) < own_length, own, MASKED)
-  p = jax.nn.softmax(jnp.concatenate([prompt, own, new], axis=-1), axis=-1).astype(dtype)
-  return jnp.split(p, [prompt.shape[-1], p.shape[-1] - 1], axis=-1)
+  p = jax.nn.softmax(jnp.concatenate([prompt, own, *new], axis=-1), axis=-1).astype(dtype)
+  at = prompt.shape[-1]
+  return jnp.split(p, [at, at + own.shape[-1]] if new else [at], axis=-1)
 
 
 class MLA(nn.Module):
@@ -106,30 +115,30 @@ class MLA(nn.Module):
     o_NxTxHxV = attend(query, key, value, segments_NxT, self.layout)
     return product(self, o_NxTxHxV.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
-  def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
-    """Absorbed attention of one new token a completion; reads the cache, returns the cell to be written.
+  def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length, cell_BxGxZ=None):
+    """Absorbed attention of one new token a completion; reads the cache. Returns [B, G, D].
 
-    Cells p < prompt_length_B and s < own_length are visible, and the new token itself. Softmax over the three
-    parts together. Returns output [B, G, D] and cells [B, G, Z].
+    Cells p < prompt_length_B and s < own_length are visible, and the new token's own cell: cell_BxGxZ (`cells` makes
+    it) or, where that is None, the last of the visible own ones.
     """
     c = self.config
     up_k, up_v = self.expansion()
     q_nope, q_rope = self.queries(x_BxGxD, positions_BxG)
     q_BxGxHxZ = jnp.concatenate([jnp.einsum('bghd,chd->bghc', q_nope, up_k), q_rope], axis=-1)
     q_BxGxHxZ = place(self, q_BxGxHxZ, 'batch', 'places', None, None)  # the cache lies by completion, weights by head
-    cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
 
     def scores(equation, cells):
       return jnp.einsum(equation, cells, q_BxGxHxZ, preferred_element_type=jnp.float32) * c.softmax_scale
     # Cells lead: a product that transposes the few queries, and not the cache, is several times faster on CPU.
-    prompt = scores('bpz,bghz->bpgh', prompt_BxPxZ).transpose(0, 2, 3, 1)
-    own = scores('bgsz,bghz->bgsh', own_BxGxSxZ).swapaxes(2, 3)
-    new = scores('bgz,bghz->bgh', cell_BxGxZ)[..., None]
-    p_prompt, p_own, p_new = decode_weights(prompt, own, new, prompt_length_B, own_length, x_BxGxD.dtype)
-    o_BxGxHxZ = (  # the rotated keys' columns come along and are cut off: cheaper than a cut copy of the cache
-      jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ)
-      + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)
-      + p_new * cell_BxGxZ[:, :, None])
+    parts = [scores('bpz,bghz->bpgh', prompt_BxPxZ).transpose(0, 2, 3, 1),
+             scores('bgsz,bghz->bgsh', own_BxGxSxZ).swapaxes(2, 3)]
+    if cell_BxGxZ is not None:
+      parts.append(scores('bgz,bghz->bgh', cell_BxGxZ)[..., None])
+    p_prompt, p_own, *p_new = decode_weights(parts, prompt_length_B, own_length, x_BxGxD.dtype)
+    # The rotated keys' columns come along and are cut off: cheaper than a cut copy of the cache.
+    o_BxGxHxZ = jnp.einsum('bghp,bpz->bghz', p_prompt, prompt_BxPxZ) + jnp.einsum('bghs,bgsz->bghz', p_own, own_BxGxSxZ)
+    if p_new:
+      o_BxGxHxZ += p_new[0] * cell_BxGxZ[:, :, None]
     o_BxGxHxC = place(self, o_BxGxHxZ[..., :c.kv_lora], 'batch', None, 'head_work', None)
     o = jnp.einsum('bghc,chd->bghd', o_BxGxHxC, up_v)
-    return product(self, o.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ
+    return product(self, o.reshape(*x_BxGxD.shape[:2], -1), self.out)

@@ -77,23 +77,23 @@ class GQA(nn.Module):
     o_NxTxHxd = attend(query, key, value, segments_NxT, self.layout)
     return product(self, o_NxTxHxd.reshape(*x_NxTxD.shape[:2], -1), self.out), cells_NxTxZ
 
-  def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length):
-    """Attention of one new token a completion; reads the cache, returns the cell to be written.
+  def decode(self, x_BxGxD, positions_BxG, prompt_BxPxZ, own_BxGxSxZ, prompt_length_B, own_length, cell_BxGxZ=None):
+    """Attention of one new token a completion; reads the cache. Returns [B, G, D].
 
-    Cells p < prompt_length_B and s < own_length are visible, and the new token itself. Softmax over the three
-    parts together. Returns output [B, G, D] and cells [B, G, Z].
+    Cells p < prompt_length_B and s < own_length are visible, and the new token's own cell: cell_BxGxZ (`cells` makes
+    it) or, where that is None, the last of the visible own ones.
     """
     c = self.config
     q_BxGxJxMxd = self.queries(x_BxGxD, positions_BxG).reshape(*x_BxGxD.shape[:2], c.kv_heads, -1, c.head_dim)
     q_BxGxJxMxd = place(self, q_BxGxJxMxd, 'batch', 'places', None, None, None)  # as the cache lies
-    cell_BxGxZ = self.cells(x_BxGxD, positions_BxG)
-    keys, values = zip(*map(self.keys_values, (prompt_BxPxZ, own_BxGxSxZ, cell_BxGxZ[:, :, None])), strict=True)
-    axes = ('bpjd', 'bgpjd', 'bgpjd')  # a group shares its prompt's cells
+    parts = [prompt_BxPxZ, own_BxGxSxZ] + ([] if cell_BxGxZ is None else [cell_BxGxZ[:, :, None]])
+    keys, values = zip(*map(self.keys_values, parts), strict=True)
+    axes = ('bpjd', 'bgpjd', 'bgpjd')[:len(parts)]  # a group shares its prompt's cells
 
-    scores = (
+    scores = [
       jnp.einsum(f'{a},bgjmd->bgjmp', key, q_BxGxJxMxd, preferred_element_type=jnp.float32) * c.softmax_scale
-      for a, key in zip(axes, keys, strict=True))
-    parts = decode_weights(*scores, prompt_length_B, own_length, x_BxGxD.dtype)
+      for a, key in zip(axes, keys, strict=True)]
+    weights = decode_weights(scores, prompt_length_B, own_length, x_BxGxD.dtype)
     o_BxGxJxMxd = sum(jnp.einsum(f'bgjmp,{a}->bgjmd', p, value)
-                      for a, p, value in zip(axes, parts, values, strict=True))
-    return product(self, o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out), cell_BxGxZ
+                      for a, p, value in zip(axes, weights, values, strict=True))
+    return product(self, o_BxGxJxMxd.reshape(*x_BxGxD.shape[:2], -1), self.out)

@@ -3,6 +3,8 @@
 Attention is latent or grouped, the feed-forward sparse or dense, the head its own or the embedding: as the config says.
 """
 
+import functools
+
 import flax
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ from moe_rl.models.layers import RMSNorm, SwiGLU, place, weight
 from moe_rl.models.moe import MoE, RouterStats
 from moe_rl.runtime.mesh import Layout
 
+FEW_LAYERS = 8  # of a model, for `one_by_one`
 RESIDUAL = ('batch', 'places', None)  # logical axes of [N, T, D] between blocks
 MIDDLE = 'between attention and feed-forward'  # what remat 'halves' keeps
 
@@ -50,17 +53,34 @@ class Block(nn.Module):
     x, stats = self.feed_forward(x, segments > 0)
     return x, (cells if with_cells else None, stats)
 
-  def decode(self, x, cells, positions, prompt_length, own_length):
+  def decode(self, x, cells, positions, prompt_length, own_length, live):
+    """One token, the cache being as it was. Returns x and the cell to be written."""
     prompt, own = cells
-    attended, cell = self.attention.decode(
-      self.attention_norm(x), positions, prompt, own, prompt_length, own_length)
-    x, _ = self.feed_forward(place(self, x + attended, *RESIDUAL), jnp.ones(x.shape[:2], bool))
-    return x, cell
+    normed = self.attention_norm(x)
+    cell = self.attention.cells(normed, positions)
+    return self.attended(x, self.attention.decode(normed, positions, prompt, own, prompt_length, own_length, cell),
+                         live), cell
+
+  def decode_written(self, x, cells, positions, prompt_length, own_length, live):
+    """The same with the cell written first, in place. Returns x and the longer own cells."""
+    prompt, own = cells
+    normed = self.attention_norm(x)
+    own = with_cell(own, self.attention.cells(normed, positions), own_length)
+    return self.attended(x, self.attention.decode(normed, positions, prompt, own, prompt_length, own_length + 1),
+                         live), own
+
+  def attended(self, x, attended, live):
+    return self.feed_forward(place(self, x + attended, *RESIDUAL), live)[0]
 
   def feed_forward(self, x, valid):
     normed = self.ff_norm(x)
     y, stats = self.ff(normed, valid) if self.moe else (self.ff(normed), None)
     return place(self, x + y, *RESIDUAL), stats
+
+
+def with_cell(own, cell, at):
+  """[..., S, Z] with [..., Z] written at place `at`."""
+  return jax.lax.dynamic_update_slice_in_dim(own, cell[..., None, :], at, axis=own.ndim - 2)
 
 
 def rematerialised(config: ModelConfig) -> type[nn.Module]:
@@ -72,14 +92,21 @@ def rematerialised(config: ModelConfig) -> type[nn.Module]:
   return nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(4,), methods=['__call__'])
 
 
+def one_by_one(config: ModelConfig, layout: Layout | None) -> bool:
+  """Whether layers are compiled one by one: few of them on CPU, where the copies that a scan makes of what each layer
+  saves and reads cost an eighth of an update, and more of a decode step."""
+  return config.layers <= FEW_LAYERS and (layout.platform if layout else jax.default_backend()) == 'cpu'
+
+
 def stack(config: ModelConfig, moe: bool, layers: int, name: str, layout: Layout | None) -> nn.Module:
-  """`layers` blocks whose weights have a leading layer axis; one block is compiled whatever the depth."""
+  """`layers` blocks whose weights have a leading layer axis; one block is compiled whatever the depth, but for
+  `one_by_one`."""
   block = rematerialised(config)
   shared = dict(variable_axes={'params': 0, 'router': 0, 'picks': 0}, split_rngs={'params': True}, length=layers,
-                metadata_params={nn.PARTITION_NAME: 'layers'})
+                unroll=layers if one_by_one(config, layout) else 1, metadata_params={nn.PARTITION_NAME: 'layers'})
   return nn.scan(block, methods={
     '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),
-    'decode': dict(in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), **shared),
+    'decode': dict(in_axes=(0, *[nn.broadcast] * 4), **shared),
   })(config, moe, layout, name=name)
 
 
@@ -124,22 +151,40 @@ class Transformer(nn.Module):
       cells.append(moe_cells)
     return Output(x, jnp.concatenate(cells) if with_cells else None, router)
 
-  def decode(self, ids_BxG, cache: LatentCache) -> tuple[jax.Array, LatentCache]:
+  def decode(self, ids_BxG, cache: LatentCache, live_BxG=None) -> tuple[jax.Array, LatentCache]:
     """One token of each completion, through absorbed attention. Returns hidden [B, G, D] and the longer cache.
 
-    The caller keeps own_length below the number of own cells.
+    live_BxG: bool, False for completions that have ended, which no routed expert computes (None: all go on). The
+    caller keeps own_length below the number of own cells.
     """
     c, x = self.config, place(self, self.embed[ids_BxG], *RESIDUAL)
     positions = jnp.broadcast_to((cache.prompt_length_B + cache.own_length)[:, None], ids_BxG.shape)
-    prompt, own, cells = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ, []
+    live_BxG = jnp.ones(ids_BxG.shape, bool) if live_BxG is None else live_BxG
+    now = positions, cache.prompt_length_B, cache.own_length, live_BxG
+    prompt, own, written = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ, []
+    by_layer = isinstance(own, tuple)
     for layers, run in ((slice(0, c.dense_layers), 'dense'), (slice(c.dense_layers, c.layers), 'moe')):
       if layers.start < layers.stop:
-        x, cell = getattr(self, run).decode(
-          x, (prompt[layers], own[layers]), positions, cache.prompt_length_B, cache.own_length)
-        cells.append(cell)
-    own = jax.lax.dynamic_update_slice_in_dim(
-      own, jnp.concatenate(cells)[:, :, :, None], cache.own_length, axis=3)
+        decode = functools.partial(self.decode_layers, run) if by_layer else getattr(self, run).decode
+        x, new = decode(x, (prompt[layers], own[layers]), *now)
+        written.append(new)
+    own = sum(written, ()) if by_layer else with_cell(own, jnp.concatenate(written), cache.own_length)
     return x, cache.replace(own_LxBxGxSxZ=own, own_length=cache.own_length + 1)
+
+  def decode_layers(self, run, x, cells, *now):
+    """The layers of a run one after the other, each with its own cells and a view of the stacked weights. Returns x and
+    a tuple of the longer own cells."""
+    layers, written, picks = getattr(self, run), [], []
+    block = Block(self.config, run == 'moe', self.layout, parent=None)
+    for i, part in enumerate(zip(*cells, strict=True)):
+      variables = jax.tree.map(lambda stacked, i=i: stacked[i], layers.variables)
+      (x, own), picked = block.apply(variables, x, part, *now, method=block.decode_written, mutable=['picks'])
+      written.append(own)
+      picks.append(picked)
+    if picks[0] and self.is_mutable_collection('picks'):
+      for name, value in jax.tree.map(lambda *each: jnp.stack(each), *picks)['picks'].items():
+        layers.put_variable('picks', name, value)
+    return x, tuple(written)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V]."""

@@ -1,5 +1,7 @@
 """Sampling: one prefill a prompt, then absorbed decode of all its completions together, in one jitted program."""
 
+import math
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 from moe_rl.models.attention import LatentCache
 from moe_rl.models.heads import distribution
 from moe_rl.models.layers import place
-from moe_rl.models.transformer import Transformer
+from moe_rl.models.transformer import Transformer, one_by_one
 from moe_rl.runtime.programs import DECODING
+
+FEW_ROWS = 3 / 8  # of all, that go on among themselves: one more loop to compile, for a third of all rows' steps
 
 
 @flax.struct.dataclass
@@ -53,13 +57,53 @@ def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
 
 
+@flax.struct.dataclass
+class Rows:
+  """Completions under way, [B, G, …] each; response, logps and picks as `Rollout` has them."""
+
+  key: jax.Array
+  token: jax.Array
+  stopped: jax.Array
+  response: jax.Array
+  logps: jax.Array
+  picks: jax.Array | None
+
+
+@flax.struct.dataclass
+class Decoding:
+  """What the decode loop carries; t: int32, the position of the next token."""
+
+  t: jax.Array
+  rows: Rows
+  cache: LatentCache
+
+
+def narrowed(state: Decoding, which_M: jax.Array) -> Decoding:
+  """Some rows, numbered over [B G], with a cache by layers: as many prompts with one completion each."""
+  group, cache = state.rows.token.shape[1], state.cache
+
+  def take(x):
+    return x.reshape(-1, *x.shape[2:])[which_M][:, None]
+  cache = cache.replace(prompt_LxBxPxZ=tuple(x[which_M // group] for x in cache.prompt_LxBxPxZ),
+                        own_LxBxGxSxZ=tuple(map(take, cache.own_LxBxGxSxZ)),
+                        prompt_length_B=cache.prompt_length_B[which_M // group])
+  return Decoding(state.t, jax.tree.map(take, state.rows), cache)
+
+
+def put_rows(rows: Rows, which_M: jax.Array, some: Rows) -> Rows:
+  """The rows with those of `narrowed` put back."""
+  def put(x, new):
+    return x.reshape(-1, *x.shape[2:]).at[which_M].set(new[:, 0]).reshape(x.shape)
+  return jax.tree.map(put, rows.replace(key=None), some.replace(key=None))
+
+
 def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, record_picks: bool = False):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
-  rows have ended, each at the first eos_id, of which there may be several. record_picks: the rollout says which
-  experts each token went to.
+  rows have ended, each at the first eos_id, of which there may be several. On CPU the last rows go on among themselves,
+  as there a step costs what its rows cost. record_picks: the rollout says which experts each token went to.
   """
   model = net.config
 
@@ -77,10 +121,10 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
     def ends(token):
       return jnp.isin(token, jnp.array(eos_id))
 
-    def choose(position, hidden):
+    def choose(position, hidden, keys):
       logits = net.apply(variables, hidden, method=net.logits)
       logp = distribution(logits, temperature, top_k, top_p)
-      return draw(keys, position, jnp.broadcast_to(logp, (batch, group, logp.shape[-1])))
+      return draw(keys, position, jnp.broadcast_to(logp, (*keys.shape, logp.shape[-1])))
 
     with jax.named_scope('prefill'):
       positions = jnp.broadcast_to(jnp.arange(length), prompt_BxP.shape)
@@ -91,7 +135,8 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
                   None, 'batch', 'places', None, None)
       cells = place(net, out.cells_LxNxTxZ, None, 'batch', None, None)  # whole on each device of a prompt's completions
       cache = LatentCache(cells, own, prompt_length_B, jnp.zeros((), jnp.int32))
-      token, logp = choose(0, last)
+      cache = cache.split() if one_by_one(model, net.layout) else cache
+      token, logp = choose(0, last, keys)
 
     response = jnp.zeros((batch, group, max_new), jnp.int32).at[:, :, 0].set(token)
     logps = jnp.zeros((batch, group, max_new), jnp.float32).at[:, :, 0].set(logp)
@@ -99,24 +144,33 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
       prompt_picks = jnp.moveaxis(prompt_picks, 0, 2)
     picks = jnp.full((batch, group, max_new, *prompt_picks.shape[2:]), -1, jnp.int16) if record_picks else None
 
-    def going_on(carry):
-      t, _, stopped, *_ = carry
-      return (t < max_new) & ~stopped.all()
-
-    def step(carry):
-      t, token, stopped, cache, response, logps, picks = carry
-      (hidden, cache), read = apply(variables, token, cache, method=net.decode)
-      token, logp = choose(t, hidden)
-      token, logp = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logp)
-      response = jax.lax.dynamic_update_slice_in_dim(response, token[..., None], t, axis=2)
-      logps = jax.lax.dynamic_update_slice_in_dim(logps, logp[..., None], t, axis=2)
+    def step(state: Decoding) -> Decoding:
+      t, rows = state.t, state.rows
+      (hidden, cache), read = apply(variables, rows.token, state.cache, ~rows.stopped, method=net.decode)
+      token, logp = choose(t, hidden, rows.key)
+      token, logp = jnp.where(rows.stopped, 0, token), jnp.where(rows.stopped, 0.0, logp)
+      response = jax.lax.dynamic_update_slice_in_dim(rows.response, token[..., None], t, axis=2)
+      logps = jax.lax.dynamic_update_slice_in_dim(rows.logps, logp[..., None], t, axis=2)
+      picks = rows.picks
       if record_picks:  # of the token before this one, which the model has just read
         picks = jax.lax.dynamic_update_slice_in_dim(picks, jnp.moveaxis(read, 0, 2)[:, :, None], t - 1, axis=2)
-      return t + 1, token, stopped | ends(token), cache, response, logps, picks
+      return Decoding(t + 1, Rows(rows.key, token, rows.stopped | ends(token), response, logps, picks), cache)
+
+    def decode(state: Decoding, until: int) -> Decoding:
+      """Until no more than so many rows go on, or their places are full."""
+      def going_on(state):
+        return (state.t < max_new) & ((~state.rows.stopped).sum() > until)
+      return jax.lax.while_loop(going_on, step, state)
 
     with jax.named_scope(DECODING):
-      carry = (jnp.ones((), jnp.int32), token, ends(token), cache, response, logps, picks)
-      _, _, stopped, _, response, logps, picks = jax.lax.while_loop(going_on, step, carry)
+      state = Decoding(jnp.ones((), jnp.int32), Rows(keys, token, ends(token), response, logps, picks), cache)
+      few = math.ceil(batch * group * FEW_ROWS) if one_by_one(model, net.layout) else 0
+      state = decode(state, few)
+      rows = state.rows
+      if few:
+        which = jnp.argsort(rows.stopped.reshape(-1), stable=True)[:few]  # those that go on come first
+        rows = put_rows(rows, which, decode(narrowed(state, which), 0).rows)
+    stopped, response, logps, picks = rows.stopped, rows.response, rows.logps, rows.picks
     ended = ends(response)
     length_BxG = jnp.where(stopped, jnp.argmax(ended, axis=-1) + 1, max_new).astype(jnp.int32)
     if record_picks:  # the last token is read only where another row goes on
