@@ -164,9 +164,12 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
 
 def restored(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
   """(state by flat name, host record) of the newest checkpoint, read by Orbax alone."""
-  with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-    got = manager.restore(manager.latest_step(), args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(), host=ocp.args.JsonRestore()))
+  with ocp.CheckpointManager(workdir / 'checkpoints', item_names=('state', 'host'), item_handlers={
+      'state': ocp.PyTreeCheckpointHandler(), 'host': ocp.JsonCheckpointHandler()}) as manager:
+    step = manager.latest_step()
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), manager.item_metadata(step).state.tree)
+    got = manager.restore(step, args=ocp.args.Composite(  # on whatever devices it was saved
+      state=ocp.args.PyTreeRestore(restore_args=as_numpy), host=ocp.args.JsonRestore()))
   flat = jax.tree_util.tree_leaves_with_path(got['state'])
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}, got['host']
 

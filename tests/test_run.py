@@ -12,10 +12,12 @@ from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.main import launch
 from moe_rl.rl.rewards.verdicts import VERDICTS
+from moe_rl.runtime import cores
 from moe_rl.runtime.run import Run
 
 STEPS = runs.RL['rl']['steps']
 SAMPLES = runs.RL['rl']['prompts_per_step'] * runs.RL['rl']['group_size']  # a step
+DEVICES = cores.candidates(runs.MODEL['width'])[0]  # this machine's cores, where there are some
 MAX_NEW = runs.RL['sampling']['max_new_tokens']
 
 
@@ -35,7 +37,8 @@ def printed():
 def test_derived_sizes_are_printed_before_the_run(printed):
   head = dict(line.split(None, 1) for line in printed[:printed.index('workdir')].strip().splitlines())
   assert head == {
-    'backend': 'cpu', 'devices': '1', 'mesh': 'data=1 x expert=1 x fsdp=1 x tensor=1', 'samples_per_step': '16',
+    'backend': 'cpu', 'devices': str(DEVICES), 'mesh': f'data={DEVICES} x expert=1 x fsdp=1 x tensor=1',
+    'samples_per_step': '16',
     'samples': str(16 * STEPS), 'updates_per_step': '2',
     'objective': 'grpo_token: advantage group_std, ratio by token in 0.8..1.28 (clip), mean by token, '
                  'KL k3 x 0.001 in the loss, refill_rounds 0, overlong_filter False',
@@ -129,21 +132,23 @@ from moe_rl import config as configs
 from moe_rl.main import load_experiment
 from moe_rl.runtime.mesh import make_mesh
 from moe_rl.stages.pretrain import Pretraining
+from moe_rl.runtime import cores
 from moe_rl.stages.rl import RL
+if sys.argv[1] != 'pretrain':
+  cores.split(cores.candidates(32)[0])
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition('/')[2]))
-stages, out = {'pretrain': Pretraining, 'r1_zero': RL}, {}
-for name, changes in json.loads(sys.argv[1]).items():
-  config = load_experiment(f'experiments/{name}.py')
-  config.update(changes)
-  made = stages[name](config, make_mesh(configs.mesh_sizes(config, 1)))
-  jitted = {id(v) for v in vars(made).values() if hasattr(v, 'lower')}
-  assert len(jitted) > 1 and jitted == {id(program.function) for program in made.programs()}
-  for program in made.programs():
-    seen.clear()
-    compiled = program.lower().compile()
-    out[f'{name}/{program.name}'] = dict(
-      hits=seen.count('cache_hits'), misses=seen.count('cache_misses'), memory=compiled.memory_analysis() is not None)
+config, out = load_experiment(f'experiments/{sys.argv[1]}.py'), {}
+config.update(json.loads(sys.argv[2]))
+stage = {'pretrain': Pretraining, 'r1_zero': RL}[sys.argv[1]]
+made = stage(config, make_mesh(configs.mesh_sizes(config, jax.device_count())))
+jitted = {id(v) for v in vars(made).values() if hasattr(v, 'lower')}
+assert len(jitted) > 1 and jitted == {id(program.function) for program in made.programs()}
+for program in made.programs():
+  seen.clear()
+  compiled = program.lower().compile()
+  out[program.name] = dict(
+    hits=seen.count('cache_hits'), misses=seen.count('cache_misses'), memory=compiled.memory_analysis() is not None)
 print(json.dumps(out))
 """
 
@@ -152,11 +157,12 @@ def test_every_jitted_function_is_listed_and_compiles_from_abstract_arguments_to
   """The runs have left each program they compiled in a cache, addressed by its text, shapes and shardings. Lowered from
   the list alone, in a process without a single array, every program is found there: the real calls have its shapes."""
   runs.trained()
-  found = runs.start_python(LOWER_THE_LIST, json.dumps({'pretrain': runs.PRETRAIN, 'r1_zero': runs.rl_changes()}))
-  found = json.loads(runs.finish(found).stdout)
-  assert set(found) == {'pretrain/init', 'pretrain/pretrain update', 'r1_zero/init', 'r1_zero/rollout',
-                        'r1_zero/evaluation', 'r1_zero/GRPO update'}
-  assert all(entry == {'hits': 1, 'misses': 0, 'memory': True} for entry in found.values()), found
+  stages = {'pretrain': runs.PRETRAIN, 'r1_zero': runs.rl_changes()}
+  made = [runs.start_python(LOWER_THE_LIST, name, json.dumps(changes)) for name, changes in stages.items()]
+  pretrain, rl = (json.loads(runs.finish(process).stdout) for process in made)
+  assert set(pretrain) == {'init', 'pretrain update'}
+  assert set(rl) - {'weights to sampler'} == {'init', 'rollout', 'evaluation', 'GRPO update'}
+  assert all(entry == {'hits': 1, 'misses': 0, 'memory': True} for entry in (*pretrain.values(), *rl.values())), (pretrain, rl)
 
 
 def test_nothing_is_compiled_after_the_second_step(workdir):

@@ -84,9 +84,10 @@ def taught(logits_of, hidden_NxTxD, targets_NxT, teacher=None, divergence='forwa
 def by_chunks(function, arrays, chunk: int = CHUNK_TOKENS, layout: Layout | None = None):
   """A function of tokens, [M, …] arrays -> several [M], over [N, T, …] arrays: several [N, T].
 
-  Where there are several chunks, what one computes is computed again for the backward pass. A chunk has the same places
-  of every row, about `chunk` tokens a device.
+  What it computes is computed again for the backward pass, chunk by chunk; a chunk has the same places of every row,
+  about `chunk` tokens a device.
   """
+  @jax.checkpoint
   def some(parts):
     flat = [_place(layout, x, 'batch', *[None] * (x.ndim - 1)).reshape(-1, *x.shape[2:]) for x in parts]
     return tuple(x.reshape(parts[0].shape[:2]) for x in function(*flat))
@@ -101,7 +102,7 @@ def by_chunks(function, arrays, chunk: int = CHUNK_TOKENS, layout: Layout | None
     x = jnp.pad(x, ((0, 0), (0, chunks * places - length), *[(0, 0)] * (x.ndim - 2)))
     x = x.reshape(rows, chunks, places, *x.shape[2:]).swapaxes(0, 1)
     return _place(layout, x, None, 'batch', *[None] * (x.ndim - 2))
-  out = jax.lax.map(jax.checkpoint(some), tuple(map(cut, arrays)))
+  out = jax.lax.map(some, tuple(map(cut, arrays)))
   return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in out)
 
 

@@ -127,6 +127,9 @@ class Run(Workdir):
   def __init__(self, config, workdir: str | os.PathLike):
     super().__init__(config, workdir)
     options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True)
+    if jax.default_backend() == 'cpu':  # devices with the same array would share its writing, cut by compiled programs
+      ocp.type_handlers.register_type_handler(
+        jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
     self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
     self._metrics = None
 

@@ -118,5 +118,9 @@ def make_adopt(optimizer, shardings: TrainState, reference: bool):
 
 
 def copied(tree):
-  """The arrays again, in memory of their own and placed alike. Compiles nothing, at whatever step it comes."""
-  return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), tree)
+  """The arrays again, in memory of their own and placed alike. Compiles nothing, at whatever step it comes: shard by
+  shard, as jax compiles the copy of an array on several devices."""
+  def copy(x):
+    shards = [jax.device_put(s.data, s.device, may_alias=False) for s in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+  return jax.tree.map(copy, tree)
