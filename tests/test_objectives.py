@@ -462,9 +462,10 @@ def test_an_importance_weight_multiplies_the_policy_and_leaves_the_kl_term(name)
 
 # Through the model: accumulation, padding and packing.
 
-# A log-prob of -4.2, ln 64, has a float32 spacing of 4.8e-7, and a ratio is off by what its log-prob is off. Weights
+# A log-prob of -2.8, ln 16, has a float32 spacing of 2.4e-7, and a ratio is off by what its log-prob is off. Weights
 # that leave the logits within a nat keep it to that; one form of the experts serves any number of tokens.
-MODEL = tiny_model(layers=1, dense_layers=0, init_std=0.1, expert_path='dense')
+VOCAB = 16
+MODEL = tiny_model(vocab_size=VOCAB, layers=1, dense_layers=0, init_std=0.1, expert_path='dense')
 SAMPLING = dict(temperature=1.0, top_k=0, top_p=1.0)
 B, G, S = 2, 4, 6
 LAYOUTS = {'alone, one at a time': (9, 1), 'packed': (20, 8)}  # against alone, all at once
@@ -475,9 +476,9 @@ def rollout() -> Rollout:
   """Random answers of 1 to 6 tokens to prompts of 3 and 4; the old log-probs are 0.3 nats off the model's."""
   rng = np.random.default_rng(3)
   length = np.array([[4, 6, 1, 6], [3, 2, 5, 2]], np.int32)
-  response = rng.integers(2, 64, (B, G, S)) * (np.arange(S) < length[..., None])
-  logp = np.where(np.arange(S) < length[..., None], rng.normal(-math.log(64), 0.3, (B, G, S)), 0)
-  prompts = rng.integers(2, 64, (B, 4)) * (np.arange(4) < [[3], [4]])
+  response = rng.integers(2, VOCAB, (B, G, S)) * (np.arange(S) < length[..., None])
+  logp = np.where(np.arange(S) < length[..., None], rng.normal(-math.log(VOCAB), 0.3, (B, G, S)), 0)
+  prompts = rng.integers(2, VOCAB, (B, 4)) * (np.arange(4) < [[3], [4]])
   return Rollout(prompts.astype(np.int32), np.array([3, 4], np.int32), response.astype(np.int32),
                  logp.astype(np.float32), length, length < S, np.arange(B, dtype=np.int32))
 
