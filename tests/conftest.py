@@ -1,12 +1,11 @@
-"""What every test shares: the CPU as default device, and the way to the public problem files."""
+"""What every test shares: the session's environment, and the way to the public problem files."""
 
-import os
 from pathlib import Path
 
 import pytest
+import session
 
-# Read when jax is imported, which no test module has done yet. Set it to gpu or tpu to test there.
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+session.begin()  # no test module has imported jax yet
 
 
 @pytest.fixture(scope='session')

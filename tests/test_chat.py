@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_compiles, quick_jit, tiny_model, tiny_variables
+from tiny import quick_jit, tiny_model, tiny_variables
 
 from moe_rl import chat
 from moe_rl.data import parts
@@ -25,12 +25,6 @@ from moe_rl.runtime.keys import key_for
 
 ROOM = 24
 TOKENIZER = load_tokenizer('tiny')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  with quick_compiles():
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import run_jit
 
 from moe_rl.models.heads import DIVERGENCES, distribution, support_mask, taught, token_logprobs
 
@@ -122,10 +123,10 @@ def largest_float_array(chunk: int, teacher: bool) -> int:
   """Elements of the largest float array in the optimised program of values and gradients: 64 tokens, 96 words."""
   hidden, targets, unembed = jnp.zeros((4, 16, 4)), jnp.zeros((4, 16), jnp.int32), jnp.zeros((4, 96))
   if teacher:
-    as_run = jax.jit(taught_values.__wrapped__, static_argnames=('divergence', 'chunk'))
+    as_run = run_jit(taught_values.__wrapped__, static_argnames=('divergence', 'chunk'))
     compiled = as_run.lower(hidden, targets, unembed, hidden, unembed, 'reverse', chunk).compile()
   else:
-    as_run = jax.jit(value_and_gradients.__wrapped__, static_argnames='chunk')
+    as_run = run_jit(value_and_gradients.__wrapped__, static_argnames='chunk')
     compiled = as_run.lower(hidden, targets, unembed, chunk).compile()
   shapes = re.findall(r'\b(?:f|bf)\d+\[([\d,]+)\]', compiled.as_text())
   return max(int(np.prod([int(n) for n in shape.split(',')])) for shape in shapes)

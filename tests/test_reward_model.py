@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from tiny import assert_trees_close, quick_compiles, quick_jit, tiny_model, tiny_variables
+from tiny import assert_trees_close, quick_jit, tiny_model, tiny_variables
 
 from moe_rl import config as configs
 from moe_rl.data import preferences
@@ -25,12 +25,6 @@ from moe_rl.stages import reward_model
 from moe_rl.stages.reward_model import RewardModelling
 
 ROWS = dict(row_tokens=32, microbatch_rows=2)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  with quick_compiles():
-    yield
 
 
 def write_lines(path, lines) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny import EOS, favouring, quick_jit, tiny_model, tiny_variables
+from tiny import EOS, favouring, quick_jit, run_jit, tiny_model, tiny_variables
 
 from moe_rl.models.config import Yarn
 from moe_rl.models.heads import distribution
@@ -43,7 +43,7 @@ def weights(model):
 
 def jit_for(setting):
   """The main setting is compiled as in a run."""
-  return jax.jit if setting == 'T=1' else quick_jit
+  return run_jit if setting == 'T=1' else quick_jit
 
 
 @functools.cache

@@ -1,10 +1,9 @@
 """Shared by tests: a model that compiles in seconds, its variables, and the comparison of two trees."""
 
-import contextlib
-
 import flax.linen as nn
 import jax
 import numpy as np
+import session
 
 from moe_rl.models import transformer
 from moe_rl.models.config import ModelConfig, preset
@@ -53,13 +52,10 @@ def quick_jit(function, **options):
   return jax.jit(function, compiler_options=quick, **options)
 
 
-@contextlib.contextmanager
-def quick_compiles():
-  """Whole stages run in this process, compiled with less of XLA's optimisation, which is most of their time."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+def run_jit(function, **options):
+  """jit as in a run, where the other programs of a test are compiled quickly (session.py)."""
+  as_in_a_run = session.AS_IN_A_RUN if jax.default_backend() == 'cpu' else None
+  return jax.jit(function, compiler_options=as_in_a_run, **options)
 
 
 def assert_trees_close(actual, wanted, rtol: float):
