@@ -7,6 +7,15 @@ import session
 
 session.begin()  # no test module has imported jax yet
 
+# A file stays on one process, so the long ones come first, longest first, and both processes have work until the end.
+LONG = ('hosts', 'mesh', 'resume', 'planner', 'notebooks', 'families', 'base', 'pipeline', 'general', 'sft', 'run',
+        'evaluate', 'refill', 'reward_model', 'chat', 'sampler', 'update')
+
+
+def pytest_collection_modifyitems(items):
+  rank = {f'test_{name}.py': place for place, name in enumerate(LONG)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(scope='session')
 def mesh():
