@@ -1,7 +1,8 @@
 """What the processes of a test session share: how programs are compiled, where compiled ones are kept, and a folder.
 
 Programs are compiled quickly, as most of them run for milliseconds: a GRPO update of two layers takes 1.2 CPU seconds
-with FLAGS and 8.2 without, and its numbers differ by rounding. No compiled program is used by another session.
+with FLAGS and 8.2 without, and its numbers differ by rounding. They are kept for the session, or for longer where
+JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import atexit
@@ -30,9 +31,8 @@ def begin():
     os.environ.setdefault('XLA_FLAGS', flags())
   os.environ[SCRATCH] = tempfile.mkdtemp(prefix='moe_rl_tests_')
   atexit.register(shutil.rmtree, scratch(), ignore_errors=True)
-  os.environ |= {
-    'JAX_COMPILATION_CACHE_DIR': str(scratch() / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(scratch() / 'compiled'))
+  os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
 
 
 def scratch() -> pathlib.Path:
