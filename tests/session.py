@@ -1,8 +1,8 @@
 """What the processes of a test session share: how programs are compiled, where compiled ones are kept, and a folder.
 
 Programs are compiled quickly, as most of them run for milliseconds: a GRPO update of two layers takes 1.2 CPU seconds
-with FLAGS and 8.2 without, and its numbers differ by rounding. They are kept for the session, or for longer where
-JAX_COMPILATION_CACHE_DIR is set.
+with FLAGS and 8.2 without, and its numbers differ by rounding. What is compiled is kept for the session, or for longer
+where JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import atexit
