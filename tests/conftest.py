@@ -1,12 +1,20 @@
-"""What every test shares: the CPU as default device, and the way to the public problem files."""
+"""What every test shares: the session's environment, and the way to the public problem files."""
 
-import os
 from pathlib import Path
 
 import pytest
+import session
 
-# Read when jax is imported, which no test module has done yet. Set it to gpu or tpu to test there.
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+session.begin()  # no test module has imported jax yet
+
+# A file stays on one process, so the long ones come first, longest first, and both processes have work until the end.
+LONG = ('hosts', 'mesh', 'resume', 'planner', 'notebooks', 'families', 'base', 'pipeline', 'general', 'sft', 'run',
+        'evaluate', 'refill', 'reward_model', 'chat', 'sampler', 'update')
+
+
+def pytest_collection_modifyitems(items):
+  rank = {f'test_{name}.py': place for place, name in enumerate(LONG)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope='session')

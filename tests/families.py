@@ -135,15 +135,14 @@ class Ours:
   def __init__(self, folder: pathlib.Path):
     self.config, self.variables = load_model(folder)
     self._net = Transformer(self.config)
-    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}  # half the time to compile
-    grade = jax.jit(jax.value_and_grad(self._loss, has_aux=True), compiler_options=quick)
+    grade = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
     (_, out), gradients = grade(self.variables['params'], self.variables['router'])
     self.logits, self.logprobs, self.second = (np.asarray(x) for x in out)
     flat = flax.traverse_util.flatten_dict({'params': gradients}, sep='/')
     self.gradients = {name: float(np.linalg.norm(np.asarray(flat[slot.path][slot.index], np.float64)))
                       for name, slot in names(self.config).items() if slot.path in flat and not slot.copy}
     sampler = make_sampler(Transformer(self.config), group=1, max_new=NEW, eos_id=-1, top_k=1)
-    rollout = jax.jit(sampler, compiler_options=quick)(
+    rollout = jax.jit(sampler)(
       self.variables, prompts(), PROMPTS, np.arange(3, dtype=np.int32), jax.random.key(0))
     self.greedy = np.asarray(rollout.response_BxGxS)[:, 0]
 

@@ -1,23 +1,21 @@
 """Shared by tests: the real program in a process of its own, small enough that a whole run takes seconds.
 
-Runs that several tests look at are made once a session: `pretrained` and `trained`. All of them share a folder of
-compiled programs, so that a second process of the same shapes starts without compiling.
+Runs that several tests look at are made once a session: `pretrained` and `trained`.
 """
 
-import atexit
+import fcntl
 import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from session import scratch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_rl.main import load_experiment
@@ -49,14 +47,6 @@ REJECTION = _ANSWERS | {'sample': dict(prompts=12, samples=4)}
 LIMIT_S = 550  # seconds a process may take; seconds suffice on a quiet machine
 
 
-@functools.cache
-def scratch() -> pathlib.Path:
-  """A folder that lives as long as the test session."""
-  path = pathlib.Path(tempfile.mkdtemp(prefix='moe_rl_runs_'))
-  atexit.register(shutil.rmtree, path, ignore_errors=True)
-  return path
-
-
 def flags(changes: dict, prefix: str = 'config') -> list[str]:
   """{'rl': {'steps': 3}} -> ['--config.rl.steps=3']."""
   out = []
@@ -73,15 +63,11 @@ def config_of(experiment: str, changes: dict):
   return config
 
 
-def environment(cached: bool = True, **more: str) -> dict[str, str]:
-  """For a program whose compilation is the cost: XLA's expensive passes off, compiled programs kept between runs.
-
-  They are kept for the session, or for longer where JAX_COMPILATION_CACHE_DIR is set.
-  """
-  return {'JAX_COMPILATION_CACHE_DIR': str(scratch() / 'compiled')} | os.environ | {
-    'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'JAX_ENABLE_COMPILATION_CACHE': str(cached).lower(), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'} | more
+def environment(cached: bool = True, devices: int = 1, **more: str) -> dict[str, str]:
+  """Of a program with some CPU devices, compiled as the tests are (session.py), with or without the cache."""
+  xla_flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+  return os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': xla_flags,
+                       'JAX_ENABLE_COMPILATION_CACHE': str(cached).lower()} | more
 
 
 def start(experiment: str, changes: dict, workdir, **env) -> subprocess.Popen:
@@ -117,11 +103,21 @@ def start_python(code: str, *arguments, **env) -> subprocess.Popen:
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def once(name: str, experiment: str, changes: dict) -> tuple[pathlib.Path, str]:
+  """(workdir, printed text) of a run that the first process of the session to ask for it makes."""
+  path, printed = scratch() / name, scratch() / f'{name}.txt'
+  with (scratch() / f'{name}.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not printed.exists():
+      done = finish(start(experiment, changes, path))
+      printed.write_text(done.stdout)
+  return path, printed.read_text()
+
+
 @functools.cache
 def pretrained() -> tuple[pathlib.Path, str]:
   """(workdir, printed text) of an uninterrupted pre-training run; its base.safetensors is where RL starts from."""
-  path = scratch() / 'pretrained'
-  return path, finish(start('pretrain.py', PRETRAIN, path)).stdout
+  return once('pretrained', 'pretrain.py', PRETRAIN)
 
 
 @functools.cache
@@ -132,8 +128,7 @@ def rl_changes() -> dict:
 @functools.cache
 def trained() -> tuple[pathlib.Path, str]:
   """(workdir, printed text) of an uninterrupted RL run."""
-  path = scratch() / 'trained'
-  return path, finish(start('r1_zero.py', rl_changes(), path)).stdout
+  return once('trained', 'r1_zero.py', rl_changes())
 
 
 def lines(path: pathlib.Path) -> list[dict]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import AS_IN_A_RUN
 
 from moe_rl.models.attend import QUERY_BLOCK, attend
 from moe_rl.models.attention import MLA, LatentCache
@@ -25,8 +26,6 @@ VARIANTS = {
     q_lora=24, yarn=UNEQUAL_YARN, groups=4, kept_groups=2, route_scale=2.5),
   'softmax router, YaRN': dict(yarn=Yarn(original_length=16), score='softmax', norm_top_k=False),
 }
-# Half the compile time; what these tests hold does not hang on how far XLA optimises.
-QUICK = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
 LENGTHS = np.array([5, 12, 2], np.int32)  # tokens of the prompts of one batch, right-padded to 13
 PADDED, GROUP, NEW = 13, 2, 6
 
@@ -96,7 +95,7 @@ class Ways:
 @functools.cache
 def ways_of(variant: str) -> Ways:
   # The first as it is really run, the others compiled more quickly.
-  return Ways({} if variant == 'direct queries' else QUICK, **VARIANTS[variant])
+  return Ways(AS_IN_A_RUN if variant == 'direct queries' else {}, **VARIANTS[variant])
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_compiles, quick_jit, tiny_model, tiny_variables
+from tiny import tiny_model, tiny_variables
 
 from moe_rl import chat
 from moe_rl.data import parts
@@ -25,12 +25,6 @@ from moe_rl.runtime.keys import key_for
 
 ROOM = 24
 TOKENIZER = load_tokenizer('tiny')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  with quick_compiles():
-    yield
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +65,7 @@ def drawn(stream: Stream, prompt, count: int = ROOM, problem: int = 0) -> list[i
 def test_tokens_are_the_samplers_at_the_same_address(kind, greedy, warm, net, variables):
   """Greedy: the sampler at temperature 1e-4, where the likeliest token's rivals have no mass left to be drawn."""
   stream, settings = (greedy, dict(temperature=1e-4)) if kind == 'greedy' else (warm, dict(temperature=1.0, top_p=0.9))
-  sample = quick_jit(make_sampler(net, group=1, max_new=ROOM, eos_id=net.config.vocab_size, **settings))
+  sample = jax.jit(make_sampler(net, group=1, max_new=ROOM, eos_id=net.config.vocab_size, **settings))
   prompts = [prompt_ids('short', TOKENIZER, q) for q in ('8+1-8+9=?', '3+4=?')]
   width = max(map(len, prompts))
   ids = np.array([p + [0] * (width - len(p)) for p in prompts], np.int32)
@@ -84,7 +78,7 @@ def test_greedy_tokens_are_the_argmax_of_the_whole_forward_pass_in_every_bucket(
   short = np.random.default_rng(0).integers(2, 64, 70).tolist()
   assert (greedy.bucket(20), greedy.bucket(70)) == (SHORTEST, 2 * SHORTEST)
 
-  @quick_jit
+  @jax.jit
   def likeliest(variables, ids):
     hidden = net.apply(variables, ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids)).hidden_NxTxD
     return net.apply(variables, hidden, method=net.logits).argmax(-1)

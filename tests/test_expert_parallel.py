@@ -72,7 +72,7 @@ def on_mesh(given, tmp_path_factory):
   folder = tmp_path_factory.mktemp('experts')
   np.savez(folder / 'given.npz', **given, **ROUTINGS)
   runs.finish(runs.start_python(ON_EACH, json.dumps(list(ROUTINGS)), json.dumps(MESHES), folder,
-                                XLA_FLAGS='--xla_force_host_platform_device_count=8'))
+                                devices=8))
   return lambda mesh, name: list(np.load(folder / f'{mesh} {name}.npz').values())
 
 

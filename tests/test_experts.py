@@ -11,8 +11,6 @@ from moe_rl.models import moe
 
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 40, 8, 6, 6, 2
 NOBODY = EXPERTS  # marks a pair that computes nothing
-# Half the compile time; what these tests hold does not hang on how far XLA optimises.
-QUICK = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
 PATHS = ('dense', 'rounds', 'ragged')
 # float32: sums of 8 products in another order, relative to the largest entry of the array.
 RELATIVE = 1e-5
@@ -58,7 +56,7 @@ def by_definition(x, picked, gate, w_gate, w_up, w_down):
   return jnp.einsum('nkf,nkfd,nk->nd', hidden, w_down, gate)
 
 
-@functools.partial(jax.jit, static_argnames='path', compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames='path')
 def value_and_gradients(path, picked, x, gate, w_gate, w_up, w_down, cotangent):
   """(y, gradients by x, gate and the three weights); path 'definition' is the reference."""
   def f(x, gate, *weights):

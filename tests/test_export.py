@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 from hub import LLAMA, assert_same_bits, flat, rewrite, saved_run, tensors_of, write_hub
-from tiny import quick_jit, tiny_model, tiny_variables
+from tiny import tiny_model, tiny_variables
 
 from moe_rl import export as export_command
 from moe_rl import inspect as inspect_command
@@ -164,7 +164,7 @@ def test_transformers_loads_an_export_as_it_is(changes, tmp_path, take):
     hidden = net.apply(variables, ids, places, np.ones_like(ids)).hidden_NxTxD
     return net.apply(variables, hidden, method=net.logits)
   # float32 in another order of sums: 1e-5 seen, over logits of several units.
-  np.testing.assert_allclose(quick_jit(logits)(variables), wanted, rtol=0, atol=2e-4)
+  np.testing.assert_allclose(jax.jit(logits)(variables), wanted, rtol=0, atol=2e-4)
 
 
 # Inspect.

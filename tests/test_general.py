@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from tiny import quick_compiles, tiny_variables
+from tiny import tiny_variables
 
 from moe_rl import config as configs
 from moe_rl.data import general
@@ -22,13 +22,6 @@ from moe_rl.rl.rewards.language import of_question, share
 from moe_rl.runtime.run import Run
 from moe_rl.runtime.state import TrainState
 from moe_rl.stages import rl
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  with quick_compiles():
-    yield
-
 
 # The procedural source.
 

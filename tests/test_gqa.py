@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from tiny import quick_jit, tiny_variables
+from tiny import tiny_variables
 
 from moe_rl.models.attention import LatentCache
 from moe_rl.models.config import (
@@ -183,7 +183,7 @@ class Ways:
     self.net, self.variables = Transformer(self.model), jax.tree.map(jnp.asarray, variables_of(self.model))
     self.prompts = rng.integers(1, 64, (3, PADDED)).astype(np.int32)
     self.completions = rng.integers(1, 64, (3, GROUP, NEW)).astype(np.int32)
-    self.forward, self.step = quick_jit(self._forward), quick_jit(self._step)
+    self.forward, self.step = jax.jit(self._forward), jax.jit(self._step)
 
   def _forward(self, ids, positions, segments):
     out = self.net.apply(self.variables, ids, positions, segments, with_cells=True)

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import run_jit
 
 from moe_rl.models.heads import DIVERGENCES, distribution, support_mask, taught, token_logprobs
 
 ROWS, TOKENS, WIDTH, VOCAB = 3, 7, 8, 40  # 21 tokens: a chunk of 5 leaves a last one with padding
-# Half the compile time; what these tests hold does not hang on how far XLA optimises.
-QUICK = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
 TRUNCATIONS = [dict(), dict(top_k=5), dict(top_p=0.8), dict(temperature=1.5, top_k=9, top_p=0.6)]
 FLOAT32 = dict(rtol=1e-5, atol=2e-6)  # sums over 40 logits of size 5 in another order: a few roundings of 6e-8 x 5
 MODES = dict(argnames='truncation', argvalues=TRUNCATIONS, ids=lambda t: ' '.join(map(str, t.items())) or 'plain')
@@ -32,7 +31,7 @@ def direct(hidden, targets, unembed, temperature=1.0, top_k=0, top_p=1.0):
   return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
 
 
-@functools.partial(jax.jit, static_argnames=('chunk', 'temperature', 'top_k', 'top_p'), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=('chunk', 'temperature', 'top_k', 'top_p'))
 def value_and_gradients(hidden, targets, unembed, chunk, **truncation):
   """((log-probs, entropies), gradients of a weighted sum of both by hidden and by unembed); chunk None: `direct`."""
   def loss(hidden, unembed):
@@ -122,10 +121,10 @@ def largest_float_array(chunk: int, teacher: bool) -> int:
   """Elements of the largest float array in the optimised program of values and gradients: 64 tokens, 96 words."""
   hidden, targets, unembed = jnp.zeros((4, 16, 4)), jnp.zeros((4, 16), jnp.int32), jnp.zeros((4, 96))
   if teacher:
-    as_run = jax.jit(taught_values.__wrapped__, static_argnames=('divergence', 'chunk'))
+    as_run = run_jit(taught_values.__wrapped__, static_argnames=('divergence', 'chunk'))
     compiled = as_run.lower(hidden, targets, unembed, hidden, unembed, 'reverse', chunk).compile()
   else:
-    as_run = jax.jit(value_and_gradients.__wrapped__, static_argnames='chunk')
+    as_run = run_jit(value_and_gradients.__wrapped__, static_argnames='chunk')
     compiled = as_run.lower(hidden, targets, unembed, chunk).compile()
   shapes = re.findall(r'\b(?:f|bf)\d+\[([\d,]+)\]', compiled.as_text())
   return max(int(np.prod([int(n) for n in shape.split(',')])) for shape in shapes)
@@ -141,7 +140,7 @@ def test_no_array_of_tokens_by_vocabulary_exists_when_chunked(teacher):
 # Against a teacher.
 
 
-@functools.partial(jax.jit, static_argnames=('divergence', 'chunk'), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=('divergence', 'chunk'))
 def taught_values(hidden, targets, unembed, teacher_hidden, teacher_unembed, divergence, chunk):
   """((log-probs, right, divergences), gradients of a weighted sum by hidden, unembed and the teacher's two)."""
   weight = jnp.arange(targets.size, dtype=jnp.float32).reshape(targets.shape)

@@ -238,7 +238,7 @@ def test_each_of_two_hosts_reads_what_its_devices_need_and_that_once(tmp_path):
   size = sum(tensor.nbytes for tensor in read_folder(folder).values())
   port = free_port()
   hosts = [runs.start_python(LOAD_ON_A_HOST, folder, port, i, size,
-                             XLA_FLAGS='--xla_force_host_platform_device_count=4') for i in range(2)]
+                             devices=4) for i in range(2)]
   for host in hosts:
     read, needed = map(int, runs.finish(host).stdout.split()[-2:])
     # Columns as narrow as these are cheaper to read over than to skip: at most the bytes of the whole file.

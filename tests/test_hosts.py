@@ -82,7 +82,7 @@ def start_host(stage, workdir, port: int, process: int, *, processes: int = 2, w
   place = (f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--process={process}', f'--wait={wait}')
   return subprocess.Popen(
     command(stage, workdir, *place), cwd=runs.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    env=runs.environment(XLA_FLAGS='--xla_force_host_platform_device_count=4'))
+    env=runs.environment(devices=4))
 
 
 def start_both(stage, workdir):

@@ -102,7 +102,7 @@ def step(tmp_path_factory):
   out = tmp_path_factory.mktemp('mesh')
   meshes_of = {name: [(name, ONE), *(pair for pair in EIGHT if pair[0] == name)] for name in CHANGES}
   both = [runs.start_python(ONE_STEP_EACH, json.dumps(CHANGES), json.dumps(pairs), out,
-                            XLA_FLAGS='--xla_force_host_platform_device_count=8') for pairs in meshes_of.values()]
+                            devices=8) for pairs in meshes_of.values()]
   for process in both:
     runs.finish(process)
 
@@ -172,7 +172,7 @@ def test_a_mesh_takes_its_sizes_by_name():
 
 def test_a_batch_that_does_not_divide_is_refused_by_the_program_with_the_remedy(tmp_path):
   done = runs.main('--config=experiments/r1_zero.py', '--config.init_from=', '--config.rl.prompts_per_step=12',
-                   f'--workdir={tmp_path / "run"}', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+                   f'--workdir={tmp_path / "run"}', devices=8)
   assert done.returncode == 2 and 'Traceback' not in done.stderr
   assert ('config.rl.prompts_per_step 12 is not a multiple of the mesh (data x fsdp x expert) 8: set it to 8 or 16'
           in done.stderr)

@@ -1,6 +1,5 @@
 """The Transformer whole: its sizes, what a logit may depend on, rematerialisation, precision, initial weights."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -19,8 +18,6 @@ MINIATURE = dict(vocab_size=64, width=32, dense_ff=48, heads=2, kv_lora=16, nope
 SEGMENTS = ((1, 0, 5), (2, 5, 8), (3, 13, 4))
 ROW = 20
 
-# Half the compile time; what these tests hold does not hang on how far XLA optimises.
-QUICK = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
 
 # float32 rounding through three layers is a few 1e-7 of logits of size 1 to 10; sums over keys and experts may be
 # taken in another order when other tokens share the batch. A real dependence would show as 1e-2 or more.
@@ -64,10 +61,10 @@ class Probe:
     # Every position has an id of its own, so that a row of the embedding's gradient is a position's gradient; id 0,
     # which pads the shift of multi-token prediction, is no position's.
     self.ids = np.random.default_rng(2).permutation(np.arange(1, 3 * ROW + 1)).reshape(3, ROW).astype(np.int32)
-    self.forward = jax.jit(self.logits_and_stats, compiler_options=QUICK)
-    self.pull = jax.jit(self.pullback, compiler_options=QUICK)
+    self.forward = jax.jit(self.logits_and_stats)
+    self.pull = jax.jit(self.pullback)
     self.second_hidden = jax.jit(lambda variables, hidden, ids: self.net.apply(
-      variables, hidden, ids, self.positions, self.segments, method=self.net.second_hidden), compiler_options=QUICK)
+      variables, hidden, ids, self.positions, self.segments, method=self.net.second_hidden))
 
   def outputs(self, variables, ids, positions, segments):
     """(logits, second logits, router stats)."""
@@ -147,7 +144,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 def test_initial_weights_have_the_papers_spread_and_norms_start_at_one():
   config = miniature(init_std=0.006, q_lora=24, layers=1, dense_layers=0)
-  variables = jax.jit(lambda: nn.unbox(init(config, jax.random.key(0))), compiler_options=QUICK)()
+  variables = jax.jit(lambda: nn.unbox(init(config, jax.random.key(0))))()
   flat = {jax.tree_util.keystr(path): np.asarray(leaf, np.float64)
           for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
   assert len(flat) > 20
@@ -257,7 +254,7 @@ def remat_program(remat: str):
     out = net.apply({**variables, 'params': params}, ids, positions, np.ones_like(ids))
     logp = jax.nn.log_softmax(net.apply({**variables, 'params': params}, out.hidden_NxTxD, method=net.logits))
     return -jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], -1).mean() + 0.1 * out.router.balance.mean()
-  compiled = jax.jit(jax.value_and_grad(loss)).lower(variables['params']).compile(QUICK)
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(variables['params']).compile()
   return compiled(variables['params']), compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -296,7 +293,7 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32(probe):
   config = miniature(compute_dtype='bfloat16')
   net = Transformer(config)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @jax.jit
   def forward(variables, *rows):
     hidden = net.apply(variables, *rows).hidden_NxTxD
     return hidden, net.apply(variables, hidden, method=net.logits)

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_the_curve_notebook_runs_and_draws(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)  # compiled as for a reader
   monkeypatch.setenv('MOE_RL_WORKDIR', str(tmp_path / 'run'))
   monkeypatch.setenv('MOE_RL_FLAGS', '--config.rl.steps=2 --config.eval.problems=32')
   notebook = nbformat.read(ROOT / 'notebooks' / 'r1_zero_curve.ipynb', as_version=4)

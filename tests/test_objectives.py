@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_jit, tiny_model, tiny_variables
+from tiny import tiny_model, tiny_variables
 
 from moe_rl.config import base_config
 from moe_rl.models.transformer import Transformer
@@ -150,7 +150,7 @@ X = np.array([[9, 9, 1, 2, 9, 3, 4, 5], [9, 1, 1, 2, 4, 9, 9, 9]], np.float32)
   ('sequence_mean', [[0, 0, 1.5, 1.5, 0, 4, 4, 4], [0, 2, 2, 2, 2, 0, 0, 0]]),
   ('token', X)])
 def test_an_answers_sum_or_mean_stands_at_each_of_its_tokens(level, wanted):
-  got = quick_jit(functools.partial(grpo.at_level, level=level))(X, ANSWER, SEGMENTS)
+  got = jax.jit(functools.partial(grpo.at_level, level=level))(X, ANSWER, SEGMENTS)
   np.testing.assert_array_equal(got, wanted)
 
 
@@ -162,7 +162,7 @@ THETA = np.log(P)
 
 def expected(kl):
   """(E under softmax(THETA) of the estimate, its gradient by theta): what a mean over sampled tokens tends to."""
-  return quick_jit(jax.value_and_grad(lambda theta: (P * kl(jax.nn.log_softmax(theta), np.log(Q))).sum()))(THETA)
+  return jax.jit(jax.value_and_grad(lambda theta: (P * kl(jax.nn.log_softmax(theta), np.log(Q))).sum()))(THETA)
 
 
 @pytest.mark.parametrize('name, value', [
@@ -178,7 +178,7 @@ def test_the_mean_of_an_estimate_over_samples(name, value):
   ('k3', lambda theta: (Q * (jnp.log(Q) - jax.nn.log_softmax(theta))).sum())])  # the other direction
 def test_the_mean_gradient_is_that_of_the_divergence_that_the_docstring_names(name, divergence):
   got = expected(grpo.KL[name])[1]
-  wanted = quick_jit(jax.grad(divergence))(THETA)
+  wanted = jax.jit(jax.grad(divergence))(THETA)
   np.testing.assert_allclose(got, wanted, atol=1e-6)  # float32 sums of numbers up to 1
   assert np.abs(got).max() > 0.1
 
@@ -190,7 +190,7 @@ def test_the_plain_derivative_of_k1_would_penalise_nothing():
 @functools.cache
 def kl_and_slopes(name: str):
   """(logp, reference) -> (estimate, (derivative by logp, by reference))."""
-  both = quick_jit(jax.value_and_grad(grpo.KL[name], argnums=(0, 1)))
+  both = jax.jit(jax.value_and_grad(grpo.KL[name], argnums=(0, 1)))
   return lambda *logps: both(*map(np.float32, logps))
 
 
@@ -222,7 +222,7 @@ def importance(kind: str):
   def total(trainer, sampler, low, high):
     w = grpo.importance_weights(trainer, sampler, W_ANSWER, W_SEGMENTS, kind, low, high)
     return w.sum(), w
-  return quick_jit(jax.grad(total, has_aux=True))
+  return jax.jit(jax.grad(total, has_aux=True))
 
 
 @pytest.mark.parametrize('kind, low, high, wanted', [
@@ -346,7 +346,7 @@ def compiled(ratio: str, surrogate: str, kl: str):
   def total(logp, reference, batch, low, high, kl_weight):
     o = Objective(ratio=ratio, surrogate=surrogate, kl=kl, clip_low=low, clip_high=high, kl_weight=kl_weight)
     return grpo.loss(o, logp, reference, batch)[0]
-  return quick_jit(jax.value_and_grad(total))
+  return jax.jit(jax.value_and_grad(total))
 
 
 def loss_and_gradient(o: Objective, logp, reference, batch):
@@ -443,7 +443,7 @@ def test_gspo_with_answers_of_one_token_is_grpo():
 
 def test_cispo_never_takes_a_tokens_gradient_away_and_bounds_its_weight():
   advantage, ratios = np.array([1.0, -1.0, 2.0]), np.array([50.0, 1e-3, 1.5])
-  got = quick_jit(jax.grad(lambda x: grpo.weight_loss(x, 0.0, advantage, 1.0, 4.0).sum()))(np.log(ratios))
+  got = jax.jit(jax.grad(lambda x: grpo.weight_loss(x, 0.0, advantage, 1.0, 4.0).sum()))(np.log(ratios))
   np.testing.assert_allclose(got, [-5, 1e-3, -3], rtol=1e-5)
   wanted = [True, False, False]
   np.testing.assert_array_equal(grpo.out_of_range(np.log(ratios), 0.0, advantage, 1.0, 4.0), wanted)
@@ -462,9 +462,10 @@ def test_an_importance_weight_multiplies_the_policy_and_leaves_the_kl_term(name)
 
 # Through the model: accumulation, padding and packing.
 
-# A log-prob of -4.2, ln 64, has a float32 spacing of 4.8e-7, and a ratio is off by what its log-prob is off. Weights
+# A log-prob of -2.8, ln 16, has a float32 spacing of 2.4e-7, and a ratio is off by what its log-prob is off. Weights
 # that leave the logits within a nat keep it to that; one form of the experts serves any number of tokens.
-MODEL = tiny_model(layers=1, dense_layers=0, init_std=0.1, expert_path='dense')
+VOCAB = 16
+MODEL = tiny_model(vocab_size=VOCAB, layers=1, dense_layers=0, init_std=0.1, expert_path='dense')
 SAMPLING = dict(temperature=1.0, top_k=0, top_p=1.0)
 B, G, S = 2, 4, 6
 LAYOUTS = {'alone, one at a time': (9, 1), 'packed': (20, 8)}  # against alone, all at once
@@ -475,14 +476,14 @@ def rollout() -> Rollout:
   """Random answers of 1 to 6 tokens to prompts of 3 and 4; the old log-probs are 0.3 nats off the model's."""
   rng = np.random.default_rng(3)
   length = np.array([[4, 6, 1, 6], [3, 2, 5, 2]], np.int32)
-  response = rng.integers(2, 64, (B, G, S)) * (np.arange(S) < length[..., None])
-  logp = np.where(np.arange(S) < length[..., None], rng.normal(-math.log(64), 0.3, (B, G, S)), 0)
-  prompts = rng.integers(2, 64, (B, 4)) * (np.arange(4) < [[3], [4]])
+  response = rng.integers(2, VOCAB, (B, G, S)) * (np.arange(S) < length[..., None])
+  logp = np.where(np.arange(S) < length[..., None], rng.normal(-math.log(VOCAB), 0.3, (B, G, S)), 0)
+  prompts = rng.integers(2, VOCAB, (B, 4)) * (np.arange(4) < [[3], [4]])
   return Rollout(prompts.astype(np.int32), np.array([3, 4], np.int32), response.astype(np.int32),
                  logp.astype(np.float32), length, length < S, np.arange(B, dtype=np.int32))
 
 
-@quick_jit
+@jax.jit
 def pull_back(variables, batch, slope):
   """(log-probs, gradient of the weights for a loss with this slope by each log-prob)."""
   net = Transformer(MODEL)

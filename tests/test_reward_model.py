@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from tiny import assert_trees_close, quick_compiles, quick_jit, tiny_model, tiny_variables
+from tiny import assert_trees_close, tiny_model, tiny_variables
 
 from moe_rl import config as configs
 from moe_rl.data import preferences
@@ -25,12 +25,6 @@ from moe_rl.stages import reward_model
 from moe_rl.stages.reward_model import RewardModelling
 
 ROWS = dict(row_tokens=32, microbatch_rows=2)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  with quick_compiles():
-    yield
 
 
 def write_lines(path, lines) -> str:
@@ -104,7 +98,7 @@ def examples_of(pairs: bool, count: int = 5) -> list[Example]:
 
 @pytest.fixture(scope='module')
 def last_scores(net):
-  return quick_jit(make_last_scores(net))
+  return jax.jit(make_last_scores(net))
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +110,7 @@ def plain_loss(net):
   def loss(params, router, ids, length, signs):
     margin = signs @ score({'params': params, 'router': router}, ids, length)
     return jnp.log1p(jnp.exp(-margin)).mean()
-  return quick_jit(jax.value_and_grad(loss))
+  return jax.jit(jax.value_and_grad(loss))
 
 
 def alone(examples):
@@ -140,7 +134,7 @@ class Keep:
 
 @pytest.fixture(scope='module')
 def update(net):
-  return quick_jit(preference.make_preference_update(net, Keep, 5))
+  return jax.jit(preference.make_preference_update(net, Keep, 5))
 
 
 @pytest.mark.parametrize('pairs', [True, False])
@@ -265,7 +259,7 @@ def test_scores_are_the_heads_at_the_last_token_whoever_is_scored_beside_it(judg
   shuffled = judge.scores([questions[i] for i in order], [answers[i] for i in order])
   np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=1e-5)
   ids = np.array([judge._encode(questions[0], answers[0])], np.int32)  # by itself, unpadded
-  plain = quick_jit(make_last_scores(Transformer(judge.model)))(judge.variables, ids, np.array([ids.size], np.int32))
+  plain = jax.jit(make_last_scores(Transformer(judge.model)))(judge.variables, ids, np.array([ids.size], np.int32))
   np.testing.assert_allclose(plain[0], together[0], rtol=0, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny import EOS, favouring, quick_jit, tiny_model, tiny_variables
+from tiny import EOS, favouring, run_jit, tiny_model, tiny_variables
 
 from moe_rl.models.config import Yarn
 from moe_rl.models.heads import distribution
@@ -43,7 +43,7 @@ def weights(model):
 
 def jit_for(setting):
   """The main setting is compiled as in a run."""
-  return jax.jit if setting == 'T=1' else quick_jit
+  return run_jit if setting == 'T=1' else jax.jit
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def forward(model):
     net, positions = Transformer(model), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden = net.apply(variables, ids, positions, (positions < lengths[:, None]).astype(jnp.int32)).hidden_NxTxD
     return net.apply(variables, hidden, method=net.logits)
-  return quick_jit(logits)
+  return jax.jit(logits)
 
 
 def next_logits(setting: str, rollout):
@@ -144,7 +144,7 @@ def test_the_order_of_the_prompts_changes_no_token():
 
 
 def test_a_prompt_alone_and_unpadded_with_fewer_completions_gets_the_same_tokens_as_among_others():
-  alone = quick_jit(make_sampler(Transformer(MODEL), group=2, max_new=MAX_NEW, eos_id=EOS))
+  alone = jax.jit(make_sampler(Transformer(MODEL), group=2, max_new=MAX_NEW, eos_id=EOS))
   for b in (0, 3):  # both padded to width 5, for one compilation
     got = alone(weights(MODEL), PROMPTS[b:b + 1, :5], LENGTHS[b:b + 1], PROBLEMS[b:b + 1], STEP_0)
     np.testing.assert_array_equal(got.response_BxGxS[0], sampled('T=1').response_BxGxS[b, :2])
@@ -153,7 +153,7 @@ def test_a_prompt_alone_and_unpadded_with_fewer_completions_gets_the_same_tokens
 
 def test_every_token_can_be_replayed_from_its_address():
   # Inverse CDF in float64 of the uniform number at (step's key, problem, sample, position), nothing else.
-  @quick_jit
+  @jax.jit
   def uniform(problem, sample, position):
     key = jax.random.fold_in(jax.random.fold_in(STEP_0, problem), sample)
     return jax.random.uniform(jax.random.fold_in(key, position))
@@ -174,14 +174,14 @@ def test_one_prompt_under_two_problem_ids_and_one_under_two_steps_get_other_samp
 
 
 def test_every_run_purpose_step_problem_and_sample_has_its_own_key():
-  data = quick_jit(lambda key: jax.random.key_data(row_keys(key, jnp.arange(6), 5)))
+  data = jax.jit(lambda key: jax.random.key_data(row_keys(key, jnp.arange(6), 5)))
   keys = [data(key_for(seed, purpose, step)) for seed in (0, 1) for purpose in ('rollout', 'eval') for step in range(4)]
   assert len(np.unique(np.reshape(keys, (-1, 2)), axis=0)) == 2 * 2 * 4 * 6 * 5
 
 
 def test_noise_differs_from_position_to_position():
   flat = np.full((2, 2, 4096), -np.log(4096), np.float32)
-  draws = quick_jit(lambda t: draw(row_keys(STEP_0, jnp.arange(2), 2), t, flat)[0])
+  draws = jax.jit(lambda t: draw(row_keys(STEP_0, jnp.arange(2), 2), t, flat)[0])
   tokens = np.stack([draws(t) for t in range(8)])
   assert len(np.unique(tokens)) >= 30  # 32 draws of one of 4096: a coincidence has one chance in eight
 
@@ -219,7 +219,7 @@ def test_decoding_stops_when_the_last_answer_is_done(monkeypatch):
     jax.debug.callback(decoded.append, cache.own_length)
     return original(self, ids, cache, live)
   monkeypatch.setattr(Transformer, 'decode', counting)
-  sample = quick_jit(make_sampler(Transformer(MODEL), group=GROUP, max_new=MAX_NEW, eos_id=EOS))
+  sample = jax.jit(make_sampler(Transformer(MODEL), group=GROUP, max_new=MAX_NEW, eos_id=EOS))
 
   def run(gain):
     decoded.clear()
@@ -246,7 +246,7 @@ def test_decoding_stops_when_the_last_answer_is_done(monkeypatch):
 def test_first_tokens_are_distributed_as_the_softmax():
   # 4096 samples of one prompt: 64 problem ids x 64 completions, so that the noise of both addresses is tested.
   prompts, lengths = np.repeat(PROMPTS[3:4], 64, axis=0), np.repeat(LENGTHS[3:4], 64)
-  sample = quick_jit(make_sampler(Transformer(MODEL), group=64, max_new=1, eos_id=EOS))
+  sample = jax.jit(make_sampler(Transformer(MODEL), group=64, max_new=1, eos_id=EOS))
   tokens = np.asarray(sample(weights(MODEL), prompts, lengths, np.arange(64, dtype=np.int32), STEP_0).response_BxGxS)
   logits, _, _ = list(next_logits('T=1', sampled('T=1')))[sampled('T=1').length_BxG[:3].sum()]  # after the same prompt
   p = np.exp(logits) / np.exp(logits).sum()
@@ -263,17 +263,17 @@ def test_draw_never_gives_a_token_of_probability_zero():
   # Among 131,072 keys are a few whose uniform number falls on such a step: those, and some more, are drawn with.
   size = 65_536
   logits = np.random.default_rng(0).normal(0, 2, size).astype(np.float32)
-  logp = np.asarray(quick_jit(lambda x: distribution(x, 1.0, 0, 0.9))(logits))
-  impossible, cdf = logp == -np.inf, np.asarray(quick_jit(lambda x: jnp.cumsum(jnp.exp(x)))(logp))
+  logp = np.asarray(jax.jit(lambda x: distribution(x, 1.0, 0, 0.9))(logits))
+  impossible, cdf = logp == -np.inf, np.asarray(jax.jit(lambda x: jnp.cumsum(jnp.exp(x)))(logp))
   keys = jax.random.split(jax.random.key(1), 2**17)
-  uniform = np.asarray(quick_jit(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0))))(keys))
+  uniform = np.asarray(jax.jit(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0))))(keys))
   below, above = np.append(0, cdf[:-1])[impossible], cdf[impossible]
   order = np.argsort(below[above > below])
   below, above = below[above > below][order], above[above > below][order]
   step = np.searchsorted(below, uniform * cdf[-1], side='right') - 1
   on_a_step = np.flatnonzero((step >= 0) & (uniform * cdf[-1] < above[step])) if below.size else []
   chosen = keys[np.unique([*on_a_step, *range(32)]).astype(int)[:64]]
-  token, own = quick_jit(draw)(chosen[:, None], 0, np.broadcast_to(logp, (chosen.size, 1, size)))
+  token, own = jax.jit(draw)(chosen[:, None], 0, np.broadcast_to(logp, (chosen.size, 1, size)))
   assert not impossible[np.asarray(token)].any() and np.isfinite(own).all()
 
 

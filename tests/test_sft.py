@@ -13,7 +13,7 @@ import optax
 import pytest
 import runs
 from test_resume import assert_same_run
-from tiny import assert_trees_close, quick_jit, tiny_model, tiny_variables
+from tiny import assert_trees_close, tiny_model, tiny_variables
 
 from moe_rl import config as configs
 from moe_rl import validation
@@ -37,14 +37,6 @@ SMALL = dict(layers=1, dense_layers=1, width=16, dense_ff=24, heads=2, kv_heads=
 TEACHER = preset('tiny_dense', **SMALL, vocab_size=64, init_std=0.4)
 RATE = 1024.0  # a power of two, so that dividing it out is exact; and the change is not lost beside the weights
 OPTIMIZER = optax.sgd(RATE)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """XLA's expensive passes off, as in `runs`: a third of the time to compile, and no claim here hangs on them."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # One step, written out plainly.
@@ -75,7 +67,7 @@ def update(teacher=False, **changes):
   c = configs.base_config('tiny', 'sft').sft
   c.update(changes)
   loss = functools.partial(sft.trace_loss, Transformer(MODEL), c, Transformer(TEACHER) if teacher else None)
-  return quick_jit(make_update(loss, sft.shares, OPTIMIZER, c.bias_rate))
+  return jax.jit(make_update(loss, sft.shares, OPTIMIZER, c.bias_rate))
 
 
 def updated(rows, teacher=False, **changes):
@@ -94,7 +86,7 @@ def plain(model):
     positions = jnp.arange(ids_T.size)[None]
     hidden = net.apply(everything, ids_T[None], positions, jnp.ones_like(positions)).hidden_NxTxD
     return net.apply(everything, hidden, method=net.logits)[0]
-  return quick_jit(logits), quick_jit(lambda params, ids, cotangent: jax.vjp(lambda p: logits(p, ids), params)[1](
+  return jax.jit(logits), jax.jit(lambda params, ids, cotangent: jax.vjp(lambda p: logits(p, ids), params)[1](
     cotangent)[0])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 import vocabularies
-from tiny import favouring, quick_jit, tiny_model, tiny_variables
+from tiny import favouring, tiny_model, tiny_variables
 from vocabularies import ASSISTANT, EOS, USER, write
 
 from moe_rl import config as configs
@@ -251,7 +251,7 @@ def test_the_stage_stops_on_every_eos_and_grades_the_answer_with_its_opening(fol
 def test_a_response_ends_at_the_first_of_several_eos_ids():
   model = tiny_model(layers=1)
   weights = favouring(favouring(tiny_variables(model), 1, 0.5), 2, 2.5)
-  sample = quick_jit(make_sampler(Transformer(model), group=64, max_new=8, eos_id=(1, 2)))
+  sample = jax.jit(make_sampler(Transformer(model), group=64, max_new=8, eos_id=(1, 2)))
   rollout = jax.device_get(sample(weights, np.array([[5, 6, 7], [9, 8, 0]], np.int32), np.array([3, 2], np.int32),
                                   np.array([0, 1], np.int32), key_for(0, 'rollout', 0)))
   endings = collections.Counter()

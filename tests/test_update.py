@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import EOS, assert_trees_close, favouring, quick_jit, tiny_model, tiny_variables
+from tiny import EOS, assert_trees_close, favouring, tiny_model, tiny_variables
 
 from moe_rl.config import base_config
 from moe_rl.models.transformer import Transformer
@@ -168,8 +168,8 @@ def plain_logits(params, ids_T):
   return net.apply(everything, hidden, method=net.logits)[0]
 
 
-logits_of = quick_jit(plain_logits)
-pull_back = quick_jit(lambda params, ids, cotangent: jax.vjp(lambda p: plain_logits(p, ids), params)[1](cotangent)[0])
+logits_of = jax.jit(plain_logits)
+pull_back = jax.jit(lambda params, ids, cotangent: jax.vjp(lambda p: plain_logits(p, ids), params)[1](cotangent)[0])
 
 
 def log_softmax_of(params, ids) -> np.ndarray:
@@ -217,7 +217,7 @@ RATE = 1024.0  # a power of two, so that dividing it out is exact; and the chang
 
 @functools.cache
 def update(**changes):
-  return quick_jit(make_grpo_update(Transformer(MODEL), OPTIMIZER, rl_config(**changes), SAMPLING), donate_argnums=0)
+  return jax.jit(make_grpo_update(Transformer(MODEL), OPTIMIZER, rl_config(**changes), SAMPLING), donate_argnums=0)
 
 
 def fresh(rate=RATE, params=None, reference_params=None) -> TrainState:
@@ -282,7 +282,7 @@ def test_a_batch_of_tied_groups_changes_no_weight_and_only_the_balance_moves_the
 
   # Up for experts with less than the mean load, down for those with more, by the rate; padding counts for none.
   first = jax.tree.map(lambda x: x[0], batch)
-  load = np.asarray(quick_jit(functools.partial(score, Transformer(MODEL), sampling=SAMPLING))(variables(), first)[2])
+  load = np.asarray(jax.jit(functools.partial(score, Transformer(MODEL), sampling=SAMPLING))(variables(), first)[2])
   np.testing.assert_array_equal(load.sum(1), 64 * 2)  # 64 tokens pick 2 experts in each of the 2 layers
   assert len(np.unique(load)) > 1
   bias = new.router['moe']['ff']['bias']
@@ -345,7 +345,7 @@ def scored(noise: float = 0.3, **changes):
   """(batch, metrics, microbatches in use) with the trainer's log-probs in place of the sampler's."""
   batch, used = packed_batch(rollout(noise), denominator='sequence', microbatch_rows=4)
   given = rl_config(old_logp='trainer', **changes)
-  scoring = quick_jit(make_scoring(Transformer(MODEL), given, SAMPLING))
+  scoring = jax.jit(make_scoring(Transformer(MODEL), given, SAMPLING))
   return *jax.device_get(scoring(variables(), batch, used)), batch, used
 
 
@@ -397,7 +397,7 @@ def tied_variables():
 def replayed():
   """(rollout with its picks, its packed batch)."""
   net = Transformer(NEAR_TIES)
-  sample = quick_jit(make_sampler(net, group=8, max_new=10, eos_id=EOS, record_picks=True, **SAMPLING))
+  sample = jax.jit(make_sampler(net, group=8, max_new=10, eos_id=EOS, record_picks=True, **SAMPLING))
   lengths = np.array([3, 6, 1, 5, 6], np.int32)
   prompts = PROMPTS * (np.arange(6) < lengths[:, None])
   r = jax.device_get(sample(tied_variables(), prompts, lengths, np.arange(5, dtype=np.int32), key_for(0, 'rollout', 0)))
@@ -405,7 +405,7 @@ def replayed():
   return r, pack(r, ones, ones, row_tokens=40, microbatch_rows=20)[0]
 
 
-@quick_jit
+@jax.jit
 def value_and_router_gradient(params, router, batch):
   def total(params):
     logp, _, load = score(Transformer(NEAR_TIES), {'params': params, 'router': router}, batch, SAMPLING)

@@ -1,15 +1,19 @@
 """Shared by tests: a model that compiles in seconds, its variables, and the comparison of two trees."""
 
-import contextlib
+import functools
 
 import flax.linen as nn
 import jax
 import numpy as np
+import session
 
 from moe_rl.models import transformer
 from moe_rl.models.config import ModelConfig, preset
 
 EOS = 1
+# compiler_options of what is compiled as in a run; the other programs of the tests are compiled quickly (session.py).
+AS_IN_A_RUN = session.AS_IN_A_RUN if jax.default_backend() == 'cpu' else {}
+run_jit = functools.partial(jax.jit, compiler_options=AS_IN_A_RUN)
 
 
 def tiny_model(**changes) -> ModelConfig:
@@ -45,21 +49,6 @@ def favouring(variables: dict, token: int, gain: float) -> dict:
   variables['params']['embed'][:, 0] = 3
   variables['params']['unembed'][0, token] += gain
   return variables
-
-
-def quick_jit(function, **options):
-  """jit with less of XLA's optimisation on CPU, which halves the time to compile; for what needs no speed."""
-  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return jax.jit(function, compiler_options=quick, **options)
-
-
-@contextlib.contextmanager
-def quick_compiles():
-  """Whole stages run in this process, compiled with less of XLA's optimisation, which is most of their time."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 def assert_trees_close(actual, wanted, rtol: float):

@@ -4,13 +4,13 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorboardX
 
 from moe_rl.runtime import hosts
 
@@ -63,7 +63,7 @@ class Workdir:
       return
     if not (self.path / 'config.json').exists():
       replace(self.path / 'config.json', json.dumps(self._config, indent=1))
-    self._writer = tensorboardX.SummaryWriter(str(self.path), purge_step=purge_step, flush_secs=10)
+    self._writer = _tensorboard().SummaryWriter(str(self.path), purge_step=purge_step, flush_secs=10)
 
   def scalars(self, step: int, numbers: dict[str, float]):
     """Numbers to TensorBoard."""
@@ -197,6 +197,19 @@ class Run(Workdir):
     if self._metrics:
       self._metrics.close()
     super().close()
+
+
+def _tensorboard():
+  """tensorboardX. Where torch is installed it imports that too, for seconds, and we have no tensors of torch's."""
+  hide = 'torch' not in sys.modules
+  if hide:
+    sys.modules['torch'] = None  # to import it raises ImportError, which tensorboardX expects
+  try:
+    import tensorboardX
+  finally:
+    if hide:
+      del sys.modules['torch']
+  return tensorboardX
 
 
 class CompileCounter:
