@@ -63,9 +63,12 @@ def config_of(experiment: str, changes: dict):
   return config
 
 
-def environment(cached: bool = True, devices: int = 1, **more: str) -> dict[str, str]:
-  """Of a program with some CPU devices, compiled as the tests are (session.py), with or without the cache."""
-  xla_flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+def environment(cached: bool = True, devices: int = 0, **more: str) -> dict[str, str]:
+  """Of a program with some CPU devices (0: as many as it makes), compiled as the tests are (session.py), with or without
+  the cache."""
+  xla_flags = os.environ.get('XLA_FLAGS', '')
+  if devices:
+    xla_flags += f' --xla_force_host_platform_device_count={devices}'
   return os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': xla_flags,
                        'JAX_ENABLE_COMPILATION_CACHE': str(cached).lower()} | more
 

@@ -80,10 +80,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_draws_the_same_prompts_and_ends_th
 
 
 def test_its_programs_are_listed_and_are_those_that_ran(trained):
-  found = runs.start_python(LOWER_THE_LIST, json.dumps({'r1_zero': changes()}))
+  found = runs.start_python(LOWER_THE_LIST, 'r1_zero', json.dumps(changes()))
   found = json.loads(runs.finish(found).stdout)
-  assert sorted(found) == ['r1_zero/GRPO update', 'r1_zero/evaluation', 'r1_zero/init', 'r1_zero/rollout',
-                           'r1_zero/scoring']
+  assert sorted({*found} - {'weights to sampler'}) == ['GRPO update', 'evaluation', 'init', 'rollout', 'scoring']
   assert all(entry == {'hits': 1, 'misses': 0, 'memory': True} for entry in found.values()), found
 
 
