@@ -64,7 +64,7 @@ def config_of(experiment: str, changes: dict):
 
 
 def environment(cached: bool = True, devices: int = 0, **more: str) -> dict[str, str]:
-  """Of a program with some CPU devices (0: as many as it makes), compiled as the tests are (session.py), with or without
+  """Of a program with some CPU devices, or as many as it makes, compiled as the tests are (session.py), with or without
   the cache."""
   xla_flags = os.environ.get('XLA_FLAGS', '')
   if devices:

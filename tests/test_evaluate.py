@@ -115,18 +115,21 @@ from moe_rl import config as configs
 from moe_rl.data.prompts import load_prompts
 from moe_rl.main import load_experiment
 from moe_rl.rl.rewards.pool import RewardPool
+from moe_rl.runtime import cores
 from moe_rl.runtime.keys import key_for
-from moe_rl.runtime.mesh import one_device_mesh
+from moe_rl.runtime.mesh import make_mesh
 from moe_rl.stages.evaluate import Evaluate, evaluate
 from moe_rl.stages.rl import RL
 from moe_rl.stages.sampling import Judge, sample_prompts
-seen, changes, mesh = [], json.loads(sys.argv[1]), one_device_mesh()
+cores.split(cores.candidates(128)[0])
+seen, changes = [], json.loads(sys.argv[1])
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event.rpartition('/')[2]))
 
 def made(name, changes):
   config = load_experiment(f'experiments/{name}.py')
   config.update(changes)
   return configs.with_lengths(config, 20)
+mesh = make_mesh(configs.mesh_sizes(made('evaluate', changes), jax.device_count()))
 alone = Evaluate(made('evaluate', changes), mesh)
 assert [program.function for program in alone.programs()] == [alone.sampler]
 alone.programs()[0].lower().compile()
