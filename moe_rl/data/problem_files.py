@@ -269,9 +269,10 @@ def _decimal_text(literal, key):
 # Words for messages.
 
 
-def no_object(value):
-  """Why a JSON value that is no object is no record."""
-  return f'is {_json_type(value)}, not a JSON object: write {{"question": ..., "answer": ...}}'
+def no_object(value, *fields):
+  """Why a JSON value that is no object is no record with these fields."""
+  shown = ', '.join(f'"{field}": ...' for field in fields or ('question', 'answer'))
+  return f'is {_json_type(value)}, not a JSON object: write {{{shown}}}'
 
 
 def _json_type(value):
