@@ -11,50 +11,26 @@ A reference is JSON in one of these forms, or plain lines of asserts:
 
 MBPP's own names `test_list` and `test_setup_code` will do; a called function may be a method of `class Solution`.
 
-A program is right if all tests pass within the item's time. Asserts and calls run in the program's own interpreter:
-they become known to it only once it has been loaded, and must all be reached, but a program written to look for the
-test runner can forge its report. Against that, use standard input and output, whose outputs are compared outside.
+A program is right if all tests pass within the item's time. Asserts and calls are evaluated in a process of their own,
+which asks the program's for values (`harness`); standard output is compared outside of the sandbox.
 """
 
 import ast
+import inspect
 import json
 import re
 import secrets
 import time
 
-from moe_rl.rl.rewards import extract, sandbox
+from moe_rl.rl.rewards import extract, harness, sandbox
 from moe_rl.rl.rewards.verdicts import CORRECT, CRASH, TIMEOUT, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
 
 MAX_PROGRAM_CHARS = 100_000
 _FENCE = re.compile(r'```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:```|\Z)', re.DOTALL)  # (language, block)
 _START_S = 0.5  # left for starting and ending the program before the pool's own limit strikes
-_NOT_PYTHON = 90  # exit status of the runner for a program with a syntax error
 _budget = sandbox.Limits()
 
-# Runs within the sandbox. The job comes as the first line of standard input, before anything of the program is known.
-_RUNNER = r"""
-import json, os, sys
-def main():
-  job = json.loads(sys.stdin.readline())
-  try:
-    program = compile(job['program'], 'solution.py', 'exec')
-  except (SyntaxError, ValueError, RecursionError, MemoryError):
-    os._exit(90)
-  here = {'__name__': 'solution'}
-  exec(program, here)
-  exec(job['setup'], here)
-  for test in json.loads(sys.stdin.readline()):
-    if isinstance(test, str):
-      exec(compile(test, 'test', 'exec'), here)
-    else:
-      arguments, wanted = test
-      name = job['function']
-      got = (here[name] if name in here or 'Solution' not in here else getattr(here['Solution'](), name))(*arguments)
-      assert json.loads(json.dumps(got)) == wanted
-  os.write(3, sys.stdin.readline().encode())
-  os._exit(0)
-main()
-"""
+_HARNESS = inspect.getsource(harness)
 
 
 def configure(timeout_s: float, memory_mb: int) -> None:
@@ -145,12 +121,12 @@ def _limits(deadline: float) -> sandbox.Limits:
 
 def _run_tests(program: str, tests: dict, deadline: float) -> str:
   token = secrets.token_hex(16)
-  job = {'program': program, 'setup': tests['setup'], 'function': tests['function']}
-  stdin = '\n'.join([json.dumps(job), json.dumps(tests['tests']), token])
-  outcome = sandbox.run(_RUNNER, stdin.encode(), _limits(deadline))
+  source = program.encode('utf-8', 'surrogatepass')
+  stdin = b'%d\n%s%s\n%s' % (len(source), source, json.dumps(tests).encode(), token.encode())
+  outcome = sandbox.run(_HARNESS, stdin, _limits(deadline))
   if outcome.report.decode('utf-8', 'replace') == token:
     return CORRECT
-  return UNPARSABLE_ANSWER if outcome.status == _NOT_PYTHON else _failed(outcome)
+  return UNPARSABLE_ANSWER if outcome.status == harness.NOT_PYTHON else _failed(outcome)
 
 
 def _run_with_input(program: str, given: str, wanted: str, deadline: float) -> str:
