@@ -52,7 +52,7 @@ def test_traces_as_array_record_are_those_of_the_lines(tmp_path):
   answers = [sample(text) | {'reference': '1', 'kind': 'math', 'id': 0, 'sample': 0, 'accuracy': 1.0}
              for text in ('a', '中')]
   write_traces(tmp_path / 'traces.jsonl', [answers], selection(), 'task', {'checkpoint': 'here'})
-  lines, records = (read_traces(tmp_path / f'traces.{end}') for end in ('jsonl', 'array_record'))
+  lines, records = (read_traces(f'{tmp_path}/traces.{end}') for end in ('jsonl', 'array_record'))
   assert [(t.response, t.others) for t in lines] == [(t.response, t.others) for t in records]
   assert [t.response for t in lines] == ['a', '中']
 
