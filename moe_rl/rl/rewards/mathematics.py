@@ -23,6 +23,7 @@ _LABELLED = re.compile(
 _LETTER = re.compile(r'\(?[A-J]\)?')
 _ARTICLE = re.compile(r'(?:an?|the) ', re.IGNORECASE)
 _REMARK = re.compile(r'([-+$]?\d[\d.,/]* ?[A-Za-z]{2}[A-Za-z ]*) \(.*\)')  # 42 clips (6 * 7 = 42)
+_RATIO = re.compile(r'[^:]+(?::[^:]+){2,}')
 _EITHER = re.compile(r'(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])')
 _RAISED = re.compile(r'[\^_] ?(?:\{[^{}]*\}|-?\w)')  # exponents and indices
 _MACRO = re.compile(r'\\(?:[A-Za-z]+|.)')
@@ -179,6 +180,8 @@ def math(answer: str, reference: str) -> str:
   wanted, given = _BASED.fullmatch(plain_numbers.tidy(reference)), _BASED.fullmatch(plain_numbers.tidy(answer))
   if wanted and given:  # math-verify reads past the base
     return CORRECT if wanted['digits'] == given['digits'] and wanted['base'] == given['base'] else WRONG
+  if _RATIO.fullmatch(plain_numbers.tidy(reference)):
+    return WRONG  # 1:3:2 is 1:2:3 to math-verify, which divides
   if _has_several_quantities(answer) or _has_several_quantities(reference):
     return WRONG  # other than as text, they are not compared
   readings = _parse_expression(answer)
