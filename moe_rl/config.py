@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import os
 
 import ml_collections
 from ml_collections import config_dict
@@ -9,6 +11,7 @@ from ml_collections import config_dict
 from moe_rl.data.corpus import Mix
 from moe_rl.data.tasks import Chain
 from moe_rl.models.config import PRESETS, ModelConfig, from_fields, own_fields
+from moe_rl.models.hf_config import from_hf_config
 from moe_rl.refusals import choose, refuse
 
 EVAL_SAMPLES = 512  # at once, about, where RL evaluates
@@ -25,28 +28,47 @@ UNREAD = {'rl': ('sampling.batch_samples',),
           'sample': ('task.eval_path', 'rewards.weights')}
 
 
+def model_of(preset: str) -> ModelConfig:
+  """The sizes of a preset, or of the weights in a folder by its config.json. Raises ValueError as `base_config`."""
+  if preset in PRESETS:
+    return ModelConfig(**PRESETS[preset])
+  if not os.path.isdir(preset):
+    near = difflib.get_close_matches(preset, PRESETS, 1)
+    raise ValueError(f"no preset '{preset}', and no folder" + (f": did you mean '{near[0]}'?" if near else
+                                                               f": use one of {', '.join(PRESETS)}"))
+  path = os.path.join(preset, 'config.json')
+  try:
+    with open(path) as file:
+      found = json.load(file)
+  except (OSError, ValueError) as e:
+    raise ValueError(f"preset '{preset}' is a folder whose config.json cannot be read ({e}): give a folder with "
+                     'weights in it, or a preset') from None
+  sizes = from_fields(found['model']) if 'model' in found else from_hf_config(found, path)
+  return dataclasses.replace(sizes, mtp_layers=0)  # only some weights have it, and no answer needs it
+
+
 def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.ConfigDict:
   """Every key that the stage reads, at its default. Experiments change values and add no key.
 
-  Raises ValueError for an unknown model preset or stage, naming the nearest.
+  preset: a name, or a folder with weights of one's own (Hugging Face's or a run's), which is then config.init_from
+  too, and config.tokenizer if one lies with them. Raises ValueError for another, or an unknown stage, naming the
+  nearest.
   """
   choose('stage', stage, tuple(STAGES))
-  if preset not in PRESETS:
-    near = difflib.get_close_matches(preset, PRESETS, 1)
-    raise ValueError(f"no preset '{preset}'" + (f": did you mean '{near[0]}'?" if near else
-                                                f": use one of {', '.join(PRESETS)}"))
+  folder = preset if preset not in PRESETS and os.path.isdir(preset) else ''
   c = ml_collections.ConfigDict()
   c.stage = stage  # a key of STAGES
   c.seed = 0
-  fields = PRESETS[preset] | (dict(head='scalar', mtp_layers=0) if stage == 'reward_model' else {})
-  c.model = own_fields(ModelConfig(**fields))  # the keys that this kind of model reads
+  changes = dict(head='scalar', mtp_layers=0) if stage == 'reward_model' else {}
+  c.model = own_fields(dataclasses.replace(model_of(preset), **changes))  # the keys that this kind of model reads
   for key in ('yarn', 'llama3'):
     if key in c.model and c.model[key] is None:  # a placeholder keeps the key's type open: None or a section
       c.model[key] = config_dict.placeholder(ml_collections.ConfigDict)
   # '': random weights; 'embedded', 'embedded_dense': the bases in the package; or a Hugging Face folder, a hub id
   # (ORGANISATION/NAME), a .safetensors file of ours, or the workdir of a run, of which the newest checkpoint is taken
-  c.init_from = ''
-  c.tokenizer = 'tiny'  # 'tiny', or the path of a sentencepiece model, of a tokenizer.json or of a folder with one
+  c.init_from = folder
+  # 'tiny', or the path of a sentencepiece model, of a tokenizer.json or of a folder with one
+  c.tokenizer = folder if os.path.exists(os.path.join(folder, 'tokenizer.json')) else 'tiny'
   c.template = 'short'  # 'short', 'r1_zero', 'r1', 'r1_think', or 'chat': the tokenizer's own chat template
 
   c.task = ml_collections.ConfigDict()

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     check_reward(arguments.reward)
     records = read_records(pathlib.Path(arguments.file).expanduser())
+    out = arguments.out and writable(pathlib.Path(arguments.out).expanduser())
     graders = pool.RewardPool(arguments.workers, arguments.timeout_s, arguments.memory_mb)
   except ValueError as error:  # DataError among them
     print(f'error: {error}', file=sys.stderr)
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
   elapsed = time.monotonic() - started
   grades = [scored(arguments.reward, grade) for grade in grades]
   print(report(arguments, grades, elapsed))
-  if arguments.out:
-    write(pathlib.Path(arguments.out).expanduser(), lines, grades)
+  if out:
+    write(out, lines, grades)
   for fault in faults:
     print(fault, file=sys.stderr)
   if faults:
@@ -82,7 +83,7 @@ def read_item(record: Record, kind: str) -> pool.Item:
     raise DataError(record.why)
   fields = record.value
   if not isinstance(fields, dict):
-    raise DataError(no_object(fields))
+    raise DataError(no_object(fields, 'prediction', 'reference'))
   for key in ('prediction', 'reference'):
     if key not in fields:
       raise DataError(f'field {key!r} is missing (the line has {field_names(fields)}): add it, or rename the field')
@@ -146,6 +147,19 @@ def _text(fields: dict, key: str, kind: str) -> str:
 
 def _plain(number: Float) -> float:
   return float(number.literal)
+
+
+def writable(path: pathlib.Path) -> pathlib.Path:
+  """A file that can be written, its folder made if it is missing. Raises ValueError before anything is graded."""
+  if path.is_dir():
+    raise ValueError(f'--out={path} is a folder: name a file in it')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f'--out={path}: its folder cannot be made ({error.strerror}): name another') from None
+  if not os.access(path.parent, os.W_OK):
+    raise ValueError(f'--out={path}: its folder cannot be written: name another')
+  return path
 
 
 def write(path: pathlib.Path, lines: list[dict], grades: list[pool.Grade]):

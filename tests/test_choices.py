@@ -22,7 +22,8 @@ CASES = [
     ('red', COLOURS, UNPARSABLE_ANSWER), ('D', 'C', WRONG), ('(B) or (C)', 'C', UNPARSABLE_ANSWER),
     ('B or C', 'C', UNPARSABLE_ANSWER), ('A, C', 'C', UNPARSABLE_ANSWER),
     ('<think>C', 'C', UNPARSABLE_ANSWER), ('', 'C', UNPARSABLE_ANSWER), ('none', 'C', UNPARSABLE_ANSWER),
-    ('c', 'C', UNPARSABLE_ANSWER),
+    ('c', 'C', CORRECT), ('(c)', 'c', CORRECT), ('选C', 'C', CORRECT), ('The correct option is C.', 'C', CORRECT),
+    ('The answer is C because A is wrong', 'C', CORRECT),
     ('A' * 20_000, 'A', UNPARSABLE_ANSWER), ('C', 'CD', UNPARSABLE_REFERENCE), ('C', '', UNPARSABLE_REFERENCE),
     ('C', '{"answer": "C", "choices": ["a", "b"]}', UNPARSABLE_REFERENCE), ('C', '{"answer": 2}', UNPARSABLE_REFERENCE),
 ]  # fmt: skip

@@ -49,6 +49,25 @@ CASES = [
     (fenced(ADD), 'no tests', UNPARSABLE_REFERENCE), (fenced(ADD), '{"tests": []}', UNPARSABLE_REFERENCE),
     (fenced(ADD), '{"inputs": ["1"], "outputs": []}', UNPARSABLE_REFERENCE), (fenced(ADD), '[1]', UNPARSABLE_REFERENCE),
     (fenced('import ctypes\nctypes.string_at(0)'), TESTS, CRASH),
+    # Values cross to the tests and objects stay: generators, changes in place, classes, a builtin's name.
+    ('def f(n):\n  for i in range(n): yield i',
+     '["assert list(f(3)) == [0, 1, 2]", "assert next(f(10**9)) == 0"]', CORRECT),
+    ('def f(a): a.sort()', '["x = [3, 1]\\nf(x)\\nassert x == [1, 3]"]', CORRECT),
+    ('class Pair:\n  def __init__(self, a): self.a = a\ndef f(pairs): return max(p.a for p in pairs)',
+     '["p = Pair(1)\\np.a = 7\\nassert f([p, Pair(2)]) == 7"]', CORRECT),
+    ('def f(g, x): return g(x)', '["assert f(lambda x: x + 1, 1) == 2", "assert f(abs, -1) == 1"]', CORRECT),
+    ('def f(x):\n  raise KeyError(x)',
+     '["try:\\n  f(1)\\n  assert False\\nexcept KeyError:\\n  pass"]', CORRECT),
+    ('def sum(a, b): return a * b', '["assert sum(3, 4) == 12"]', CORRECT),
+    ('class Solution:\n  def add(self, a, b): return a + b', CALLS, CORRECT),
+    (f'```bash\npython a.py\n```\nwhich is\n```python\n{ADD}\n```\nand prints\n```\n3\n```', TESTS, CORRECT),
+    # What would pass if the tests ran where the program does.
+    ('class E:\n  def __eq__(self, other): return True\ndef add(a, b): return E()', TESTS, WRONG),
+    ('class E(int):\n  def __eq__(self, other): return True\ndef add(a, b): return E()', TESTS, WRONG),
+    ('import sys, os\nfor line in sys.stdin.read().split():\n  os.write(3, line.encode())\nos._exit(0)', TESTS, WRONG),
+    ('import math\nmath.isclose = lambda *_: True\ndef f(x): return 0', '["assert math.isclose(f(1), 2)"]', WRONG),
+    ('def set(x): return 0\ndef f(x): return 1', '["assert set(f(1)) == set([2])"]', WRONG),
+    ('import __main__\n__main__.run_tests = __main__.run_apart = lambda *_: None', TESTS, WRONG),
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ ANSWERS = [
     ('The answer is, as anybody can see from all of the above, 18 of them.', '18'),
     ('The result is 18. Then she gives away 10, which leaves 8', '8'), ('After all, the solution is (1, 2).', '(1, 2)'),
     # A bare answer.
+    ('总共有 42 元', '42'),
     ('18', '18'), (r'\frac{1}{2}', r'\frac{1}{2}'), ('x^2 + 2x + 1', 'x^2 + 2x + 1'), ('18 dollars', '18 dollars'),
     (r'\text{two parallel lines}', r'\text{two parallel lines}'),
     # The last formula or number.
@@ -77,12 +78,27 @@ EQUAL = [
     ('x=18 apples', '18'),
     (r'\begin{bmatrix}1&2\\3&4\end{bmatrix}', r'\begin{pmatrix}1&2\\3&4\end{pmatrix}'), ('34%', '0.34'),
     ('17/50', '0.34'),
+    (r'33.\overline{3}\%', r'33\frac13\%'), (r'0.\dot{3}', '1/3'), (r'1\,000', '1000'), (r'\bf 18', '18'),
+    (r'3^\circ C', '3'),
+    (r'\textbf{(B) } 12', '12'), (r'\textbf{(B) } 12', r'\text{(B)}'), ('42 clips (6 * 7 = 42)', '42'), ('3。', '3'),
+    ('x > 0', r'(0,\infty)'), ('2 < k \\le 5', '(2,5]'), (r'x<1 \text{ or } x>3', r'(-\infty,1)\cup(3,\infty)'),
+    (r'\frac{1\pm\sqrt5}{2}', r'\frac{1+\sqrt{5}}{2},\frac{1-\sqrt5}{2}'), (r'e^{i\pi/2}', 'i'),
+    ('(1,2,3)', r'\begin{pmatrix}1\\2\\3\end{pmatrix}'), (r'\langle 1,2,3\rangle', '(1,2,3)'),
+    (r'1 : 2 : 3', '1:2:3'),
+    ('1.6e-19', r'1.6 \times 10^{-19}'), ('2.8284271247461903', r'2\sqrt2'), ('(0.5, 2)', r'(\frac12, 2)'),
+    ('3 hours 20 minutes', r'3\text{ hours } 20 \text{ minutes}'),
     ('Thus x = 5', '5'), ('so we get (1, 2)', '(1,2)'), (r'$1,2$', '2,1'), ('n^2-n-1', r'm_{\max }=n^{2}-n-1'),
 ]  # fmt: skip
 DIFFERENT = [
     ('0.33', '1/3'), ('1,2', '(2,1)'), ('(2,1)', '(1,2)'), ('12', '1,2'), ('2', '1,2'), ('1,2,3', '1,2'),
     ('1', '(1,2)'),
     ('2', r'2\pi'), ('x=3', 'y=3'), ('18 apples and 3 pears', '18'), ('-18', '18'), ('18%', '1800'), ('5x', '5'),
+    # To math-verify these are equal: it rounds.
+    ('1.7e-19', r'1.6 \times 10^{-19}'), ('0.0', '10^{-7}'), ('(0.333333, 2)', r'(\frac13, 2)'),
+    ('1.414214', r'\sqrt2'),
+    ('0.333333, 2', r'\frac13, 2'), ('e^{-50}', 'e^{-60}'), (r'\sqrt{2}+10^{-20}', r'\sqrt2'), ('2^{64}+1', '2^{64}'),
+    ('1:3:2', '1:2:3'),
+    ('3 ft 4 in', '3'), ('3 apples, 4 pears', '4'), ('x=3\ny=4', '4'), ('3, 4', '3 < x < 4'), ('$3$, $4$ or $5$', '5'),
     ('x^2', 'x^3'), (r'\frac{1}{2}', r'\frac{2}{1}'), ('110_3', '110_2'), ('[1,2)', '[1,2]'), (r'\sin x', r'\cos x'),
 ]  # fmt: skip
 

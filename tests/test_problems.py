@@ -203,7 +203,12 @@ def test_a_file_with_nothing_to_read_is_refused(tmp_path, content, name, why):
 def test_an_unknown_format_and_one_that_does_not_fit_the_file_are_refused(tmp_path):
   assert "'gsm8' is unknown (nearest: 'gsm8k')" in _message('any.jsonl', 'gsm8')
   path = _write(tmp_path, 'Rank,Puzzles\n1,1 1 4 6\n', 'game.csv')
-  assert f'{path}: gsm8k is a format of JSON, the file is .csv' in _message(path, 'gsm8k')
+  assert f"{path}:2: field 'question' is missing" in _message(path, 'gsm8k')
+
+
+def test_a_table_is_read_by_the_names_in_its_head(tmp_path):
+  problem, = load_problems(_write(tmp_path, 'question,answer\n"1, and 1?","1,080"\n', 'own.csv'))
+  assert (problem.question, problem.reference, problem.kind) == ('1, and 1?', '1080', 'math')
 
 
 @pytest.mark.parametrize(
@@ -418,9 +423,15 @@ def test_boxed_answers_of_math500_are_its_answers(shared_data):
 
 @pytest.mark.data
 def test_files_of_other_kinds_are_refused_with_their_fields(shared_data):
-  olympiad = _message(shared_data / 'math_eval' / 'olympiadbench_oe_to_maths_en.jsonl')
-  assert ':1: the format cannot be told' in olympiad
-  assert "'final_answer'" in olympiad
+  sentences = _message(shared_data / 'langid' / 'sentences.jsonl')
+  assert ':1: the format cannot be told' in sentences
+  assert "'lang'" in sentences
+
+
+@pytest.mark.data
+def test_olympiadbench_is_read_as_mathematics(shared_data):
+  scan = scan_problems(shared_data / 'math_eval' / 'olympiadbench_oe_to_maths_en.jsonl')
+  assert (scan.format, len(scan.problems)) == ('math', 673) and [fault.line for fault in scan.faults] == [97, 195]
 
 
 @pytest.mark.data

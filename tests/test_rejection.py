@@ -7,8 +7,9 @@ import types
 import pytest
 import runs
 
+from moe_rl.data.traces import read_traces
 from moe_rl.rl.rewards.verdicts import CORRECT, TIMEOUT, WRONG
-from moe_rl.stages.sample import REASONS, Selection
+from moe_rl.stages.sample import REASONS, Selection, write_traces
 
 # Three batches of four prompts, eight samples each.
 CHANGES = {'sample': dict(prompts=12, samples=8), 'sampling': dict(max_new_tokens=24, batch_samples=32)}
@@ -44,6 +45,16 @@ def test_of_a_prompts_good_samples_those_are_kept_that_are_asked_for(keep, wante
   kept = select([sample(text, tokens=n) for text, n in (('a', 5), ('b', 3), ('c', 8), ('d', 3))])
   assert ''.join(a['response'] for a in kept) == wanted
   assert select.left_out['not_chosen'] == 4 - len(wanted)
+
+
+def test_traces_as_array_record_are_those_of_the_lines(tmp_path):
+  pytest.importorskip('array_record')
+  answers = [sample(text) | {'reference': '1', 'kind': 'math', 'id': 0, 'sample': 0, 'accuracy': 1.0}
+             for text in ('a', '中')]
+  write_traces(tmp_path / 'traces.jsonl', [answers], selection(), 'task', {'checkpoint': 'here'})
+  lines, records = (read_traces(f'{tmp_path}/traces.{end}') for end in ('jsonl', 'array_record'))
+  assert [(t.response, t.others) for t in lines] == [(t.response, t.others) for t in records]
+  assert [t.response for t in lines] == ['a', '中']
 
 
 def test_without_tags_a_sample_may_be_good_if_the_config_says_so():

@@ -133,6 +133,7 @@ CASES = [
     ('countdown', '8*(10-8)+8', PUZZLE, W), ('countdown', '8/(8-10)+3', PUZZLE, W), ('countdown', '24', PUZZLE, W),
     ('countdown', '(8-3)*8-10-8', PUZZLE, W), ('countdown', '8/(3-8/3)', '{"numbers":[8,3,8,3],"target":24}', C),
     ('countdown', '8 ÷ (3 − 8/3) = 24', '{"numbers":[8,3,8,3],"target":24}', C),
+    ('countdown', r'\boxed{8 \div \left(3-\frac{8}{3}\right)}', '{"numbers":[8,3,8,3],"target":24}', C),
     ('countdown', '8/(3-8/3) = 25', '{"numbers":[8,3,8,3],"target":24}', W),
     ('countdown', '8/(3-8/3) = 24 = 24', '{"numbers":[8,3,8,3],"target":24}', A),
     ('countdown', '3/(8-8)', '{"numbers":[8,3,8],"target":24}', W), ('countdown', '8(3)', PUZZLE, A),

@@ -27,6 +27,9 @@ class BadRecord(Exception):
   """Why one record cannot be used, and the remedy."""
 
 
+ARRAY_RECORD = '.array_record'
+
+
 class BadReference(BadRecord):
   """A record whose only fault is that its gold answer is absent or cannot be read."""
 
@@ -51,6 +54,9 @@ def read_records(path) -> list[Record]:
   """The records of a file in its order; raises DataError if there is no file or nothing in it."""
   if path.suffix.lower() == '.parquet':
     return _parquet_records(path, _read_bytes(path))
+  if path.suffix.lower() == ARRAY_RECORD:
+    _read_bytes(path)  # says what is wrong with the path
+    return _grain_records(path)
   lines, records = _decode_lines(path, _read_bytes(path))
   if path.suffix.lower() == '.csv':
     records += _csv_records(lines)
@@ -94,9 +100,9 @@ def _read_bytes(path):
     cwd = pathlib.Path.cwd()
     raise DataError(f'{path}: there is no such file{hint}: check the path, seen from {cwd}') from None
   except IsADirectoryError:
-    endings = ('.jsonl', '.json', '.csv', '.parquet')
+    endings = ('.jsonl', '.json', '.csv', '.parquet', ARRAY_RECORD)
     files = sorted(child.name for child in path.iterdir() if child.suffix.lower() in endings)
-    held = ', '.join(files[:SHOWN]) or 'no .jsonl, .json, .csv or .parquet file'
+    held = ', '.join(files[:SHOWN]) or f'no .jsonl, .json, .csv, .parquet or {ARRAY_RECORD} file'
     raise DataError(f'{path}: is a directory: name one file in it (it holds {held})') from None
   except OSError as error:
     raise DataError(f'{path}: cannot be read ({error.strerror}): check its permissions') from None
@@ -196,6 +202,28 @@ def _parquet_records(path, raw):
   return [Record(number, _as_json(row)) for number, row in enumerate(rows, 1)]
 
 
+def array_record_module():
+  """Its reader and writer. Raises DataError where it is not installed (Grain brings it on Linux)."""
+  try:
+    from array_record.python import array_record_module
+  except ImportError as error:
+    raise DataError(f'{ARRAY_RECORD} files take array_record: pip install array_record, or use JSON lines') from error
+  return array_record_module
+
+
+def _grain_records(path):
+  """Each record is one JSON object."""
+  module = array_record_module()
+  try:
+    reader = module.ArrayRecordReader(str(path))
+    lines = reader.read_all() if reader.num_records() else []
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise DataError(f'{path}: is no ArrayRecord file ({error}): was it written to the end?') from error
+  if not lines:
+    raise DataError(f'{path}: the file holds no record: give a file with at least one problem')
+  return [_line_record(number, line.decode('utf-8', 'replace')) for number, line in enumerate(lines, 1)]
+
+
 def _as_json(value):
   """The value as the JSON reader would give it: floats by their digits."""
   if isinstance(value, dict):
@@ -269,9 +297,10 @@ def _decimal_text(literal, key):
 # Words for messages.
 
 
-def no_object(value):
-  """Why a JSON value that is no object is no record."""
-  return f'is {_json_type(value)}, not a JSON object: write {{"question": ..., "answer": ...}}'
+def no_object(value, *fields):
+  """Why a JSON value that is no object is no record with these fields."""
+  shown = ', '.join(f'"{field}": ...' for field in fields or ('question', 'answer'))
+  return f'is {_json_type(value)}, not a JSON object: write {{{shown}}}'
 
 
 def _json_type(value):

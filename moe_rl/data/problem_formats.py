@@ -2,7 +2,7 @@ r"""From one record of a problem file to (question, reference, kind) or (questio
 
   gsm8k      `question`, `answer`; the gold answer, a number, follows the last '####' of `answer`.
   math       `problem`, `answer`; without an answer, the last \boxed{...} of `solution`; if there, the problem's `level`
-             or `difficulty` ('Level 5', 5 or 5.0).
+             or `difficulty` ('Level 5', 5 or 5.0). OlympiadBench's `question` and `final_answer` will do.
   countdown  `{"input": "30,100,93", "output": "23"}`, or the 24 game's CSV with its column `Puzzles`.
   choice     `question`, `choices` or `options`, `answer` or `correct`: a letter, or a number from 0 (MMLU, AQuA).
   mbpp       `text` or `prompt`, `test_list` of asserts; if there, `test_setup_code`, `test_imports`.
@@ -46,7 +46,7 @@ def guess_format(path, records, is_csv):
     bad = [f'  {path}:{each.line}: {each.why or no_object(each.value)}' for each in records]
     raise DataError('\n'.join([f'{path}: none of its {len(bad)} records is an object:', *bad[:SHOWN]]))
   fields = first.value
-  found = ('Puzzles' in fields and 'countdown') if is_csv else _guess_json(fields)
+  found = 'countdown' if is_csv and 'Puzzles' in fields else _guess_json(fields)
   if found:
     return found
   raise DataError(
@@ -67,7 +67,7 @@ def _guess_json(fields):
   answered = any(key in fields for key in _ANSWERS)
   if 'kind' in fields and asked and answered:
     return 'jsonl'
-  if 'problem' in fields and ('answer' in fields or 'solution' in fields):
+  if 'problem' in fields and ('answer' in fields or 'solution' in fields) or asked and 'final_answer' in fields:
     return 'math'
   if 'input' in fields and 'output' in fields:
     return 'countdown'
@@ -93,7 +93,10 @@ def _parse_gsm8k(record):
 
 
 def _parse_math(record):
-  question = text_field(record, 'problem')
+  olympiad = isinstance(record, dict) and record.get('final_answer')
+  question = text_field(record, _first_present(record, ('problem', 'question')) if olympiad else 'problem')
+  if olympiad:
+    return question, ', '.join(_texts(record, 'final_answer')), 'math', _level(record)
   if record.get('answer') is not None or record.get('solution') is None:
     return question, _gold(record, 'answer'), 'math', _level(record)
   reference = extract.last_boxed(text_field(record, 'solution'))

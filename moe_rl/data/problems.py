@@ -125,11 +125,10 @@ def scan_problems(path, fmt='auto') -> Scan:
     raise DataError(f'data format {fmt!r} is unknown{nearest(fmt, FORMATS)}: choose one of {known}')
   path = pathlib.Path(os.path.expanduser(path))
   is_csv = path.suffix.lower() == '.csv'
-  if is_csv and fmt not in ('auto', 'countdown'):
-    raise DataError(f'{path}: {fmt} is a format of JSON, the file is .csv: name the format auto or countdown')
   records = read_records(path)
   fmt = guess_format(path, records, is_csv) if fmt == 'auto' else fmt
-  parse = parse_csv_countdown if is_csv else PARSERS[fmt]
+  puzzles = is_csv and fmt == 'countdown' and 'Puzzles' in (records[0].value or ())  # the 24 game's file
+  parse = parse_csv_countdown if puzzles else PARSERS[fmt]
   parsed, faults = [], []
   for index, record in enumerate(records):
     try:

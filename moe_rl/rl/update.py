@@ -81,8 +81,8 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
     token = (batch.weight > 0).astype(jnp.float32)
     gap = jnp.abs(logp - batch.logp) * token
     sums |= {
-      'tokens': token.sum(), 'entropy': (entropy * token).sum(), 'ratio': (jnp.exp(logp - batch.logp) * token).sum(),
-      'gap': gap.sum()}
+      'tokens': token.sum(), 'entropy': (entropy * token).sum(),
+      'ratio': (jnp.exp(grpo.log_ratio(logp, batch.logp)) * token).sum(), 'gap': gap.sum()}
     return loss, (sums | {'loss': loss}, {'gap': gap.max()}, load)
 
   def update(state: TrainState, batch: PackedBatch, microbatches: jax.Array):

@@ -1,7 +1,8 @@
 """Rejection sampling (DeepSeek-R1, arXiv:2501.12948, sec. 2.3.3): several samples a training prompt, of which those
 that are correct and readable are kept as traces to train on.
 
-answers.jsonl has every sample, graded; traces.jsonl those that are kept, a line each: question, response (whole, with
+answers.jsonl has every sample, graded; traces.jsonl (and, where ArrayRecord is installed, traces.array_record, which
+Grain reads at random) those that are kept, a line each: question, response (whole, with
 what the prompt had opened), reference, kind, task, id, accuracy, format, language, tokens, and their source.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from moe_rl import config as configs
+from moe_rl.data.problem_files import ARRAY_RECORD, DataError, array_record_module
 from moe_rl.data.prompts import load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.rl.rewards.pool import RewardPool
@@ -98,7 +100,7 @@ def by_prompt(answers: Iterable[dict], samples: int) -> Iterator[list[dict]]:
 
 
 def write_traces(path, groups: Iterable[list[dict]], select: Selection, task: str, source: dict):
-  """traces.jsonl, whole or not there; one prompt's answers are in memory at a time."""
+  """traces.jsonl and its copy as ArrayRecord, whole or not there; one prompt's answers are in memory at a time."""
   partial = path.with_name(path.name + '.partial')
   with partial.open('w', encoding='utf-8', newline='\n') as out:
     for group in groups:
@@ -107,6 +109,16 @@ def write_traces(path, groups: Iterable[list[dict]], select: Selection, task: st
           key: a[key] for key in ('id', 'accuracy', 'format', 'language', 'tokens')}
         out.write(json.dumps(trace | {'source': source | {'sample': a['sample']}}, ensure_ascii=False) + '\n')
   partial.replace(path)
+  try:
+    module = array_record_module()
+  except DataError:
+    return
+  with path.open('rb') as lines:
+    writer = module.ArrayRecordWriter(str(partial), 'group_size:1')
+    for line in lines:
+      writer.write(line.rstrip(b'\n'))
+    writer.close()
+  partial.replace(path.with_suffix(ARRAY_RECORD))
 
 
 def run(config, workdir, mesh) -> dict:

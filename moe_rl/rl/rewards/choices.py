@@ -14,15 +14,17 @@ _MAX_CHARS = 10_000
 _MACROS = re.compile(r'\\(?:text|textbf|mathrm|mathbf|rm|bf)\b|[${}\\*_`"\']')
 _LETTER = re.compile(r'\(?([A-Z])\)?(?:$|[).:,]|\s*(?:-|–)(?:\s|$))')
 _SEVERAL = re.compile(r'\(?[A-Z]\)?(?:(?:[\s,/&]|\bor\b|\band\b)+\(?[A-Z]\)?)+\W*')  # no answer: which of them?
-_NAMED = re.compile(r'(?:option|choice|letter)s?\s*\(?([A-Z])\b\)?', re.IGNORECASE)
+_NAMED = re.compile(
+    r'(?:(?:option|choice|letter)s?(?: is|:)?\s*|选(?:项|择)?(?:是|：|:)?\s*)\(?([A-Z])\b\)?', re.IGNORECASE)
+_REASON = re.compile(r',?\s(?:because|since|as|for)\s.*', re.DOTALL)
 _LAST = re.compile(r'\(([A-Z])\)|\b([B-HJ-Z])\b(?=[\s.)]*$)|^\W*([A-Z])\W*$', re.MULTILINE)
 
 
 def read_reference(reference: str) -> tuple[str, list[str]] | None:
   """(letter, texts of the choices, none if not given); None when it is neither of the two forms."""
   text = reference.strip()
-  if re.fullmatch(r'\(?[A-Z]\)?\.?', text):
-    return text.strip('().'), []
+  if re.fullmatch(r'\(?[A-Za-z]\)?\.?', text):
+    return text.strip('().').upper(), []
   try:
     fields = json.loads(text)
     letter, texts = fields['answer'], fields.get('choices', [])
@@ -72,10 +74,11 @@ def _letter_of(answer: str, texts: list[str]) -> str | None:
   bare = ' '.join(_MACROS.sub(' ', answer).split())
   if re.fullmatch(r'\(?[A-Z][).]*', bare):  # a letter is one, even where it is also the text of another choice
     return bare.strip('().')
+  bare = _REASON.sub('', bare)
   same = [i for i, text in enumerate(texts) if _squeezed(text) == _squeezed(answer)]
   if len(same) == 1:
     return chr(65 + same[0])
-  match = _LETTER.match(bare)
+  match = _LETTER.match(bare) or re.fullmatch(r'\(?([a-z])\)?\.?', bare)
   if match is None:
     match = _NAMED.search(bare) if len(_NAMED.findall(bare)) == 1 else None
   elif _SEVERAL.fullmatch(bare):

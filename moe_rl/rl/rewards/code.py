@@ -9,49 +9,28 @@ A reference is JSON in one of these forms, or plain lines of asserts:
   {"inputs": ["1 2\\n", ...], "outputs": ["3\\n", ...]}
       standard input and output, white space at line ends aside; with "fn_name": calls, inputs the arguments
 
-A program is right if all tests pass within the item's time. Asserts and calls run in the program's own interpreter:
-they become known to it only once it has been loaded, and must all be reached, but a program written to look for the
-test runner can forge its report. Against that, use standard input and output, whose outputs are compared outside.
+MBPP's own names `test_list` and `test_setup_code` will do; a called function may be a method of `class Solution`.
+
+A program is right if all tests pass within the item's time. Asserts and calls are evaluated in a process of their own,
+which asks the program's for values (`harness`); standard output is compared outside of the sandbox.
 """
 
 import ast
+import inspect
 import json
 import re
 import secrets
 import time
 
-from moe_rl.rl.rewards import extract, sandbox
+from moe_rl.rl.rewards import extract, harness, sandbox
 from moe_rl.rl.rewards.verdicts import CORRECT, CRASH, TIMEOUT, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
 
 MAX_PROGRAM_CHARS = 100_000
-_FENCE = re.compile(r'```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)', re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r'```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:```|\Z)', re.DOTALL)  # (language, block)
 _START_S = 0.5  # left for starting and ending the program before the pool's own limit strikes
-_NOT_PYTHON = 90  # exit status of the runner for a program with a syntax error
 _budget = sandbox.Limits()
 
-# Runs within the sandbox. The job comes as the first line of standard input, before anything of the program is known.
-_RUNNER = r"""
-import json, os, sys
-def main():
-  job = json.loads(sys.stdin.readline())
-  try:
-    program = compile(job['program'], 'solution.py', 'exec')
-  except (SyntaxError, ValueError, RecursionError, MemoryError):
-    os._exit(90)
-  here = {'__name__': 'solution'}
-  exec(program, here)
-  exec(job['setup'], here)
-  for test in json.loads(sys.stdin.readline()):
-    if isinstance(test, str):
-      exec(compile(test, 'test', 'exec'), here)
-    else:
-      arguments, wanted = test
-      got = here[job['function']](*arguments)
-      assert json.loads(json.dumps(got)) == wanted
-  os.write(3, sys.stdin.readline().encode())
-  os._exit(0)
-main()
-"""
+_HARNESS = inspect.getsource(harness)
 
 
 def configure(timeout_s: float, memory_mb: int) -> None:
@@ -61,15 +40,17 @@ def configure(timeout_s: float, memory_mb: int) -> None:
 
 
 def find_program(response: str) -> str | None:
-  """The last fenced block of Python in the answer (`extract`'s order, steps 1 and 2), else the text itself if it is
-  Python."""
+  """The last block fenced as Python in the answer (`extract`'s order, steps 1 and 2), else the last one of no language,
+  else the text itself if it is Python."""
   text = extract.tagged_answer(response)
   text = extract.conclusion(response) if text is None else text
   if text is None or len(text) > MAX_PROGRAM_CHARS:
     return None
   fenced = _FENCE.findall(text)
-  if fenced:
-    return fenced[-1]
+  blocks = [block for language, block in fenced if language.lower() in ('python', 'python3', 'py')]
+  blocks = blocks or [block for language, block in fenced if not language]
+  if blocks:
+    return blocks[-1]
   return text if re.search(r'(?m)^(?:def|class|import|from|print|for|while|\w+ *=)\b', text) else None
 
 
@@ -86,8 +67,8 @@ def read_reference(reference: str) -> dict | None:
   if 'inputs' in fields:
     return _pairs(fields)
   calls = fields.get('calls') if isinstance(fields.get('function'), str) else None
-  tests = fields.get('tests') if calls is None else calls
-  setup = fields.get('setup') or ''
+  tests = fields.get('tests', fields.get('test_list')) if calls is None else calls
+  setup = fields.get('setup') or fields.get('test_setup_code') or ''
   good = isinstance(tests, list) and tests and isinstance(setup, str) and all(
       isinstance(test, str) if calls is None else _is_call(test) for test in tests)
   return {'setup': setup, 'function': fields.get('function'), 'tests': tests} if good else None
@@ -140,12 +121,12 @@ def _limits(deadline: float) -> sandbox.Limits:
 
 def _run_tests(program: str, tests: dict, deadline: float) -> str:
   token = secrets.token_hex(16)
-  job = {'program': program, 'setup': tests['setup'], 'function': tests['function']}
-  stdin = '\n'.join([json.dumps(job), json.dumps(tests['tests']), token])
-  outcome = sandbox.run(_RUNNER, stdin.encode(), _limits(deadline))
+  source = program.encode('utf-8', 'surrogatepass')
+  stdin = b'%d\n%s%s\n%s' % (len(source), source, json.dumps(tests).encode(), token.encode())
+  outcome = sandbox.run(_HARNESS, stdin, _limits(deadline))
   if outcome.report.decode('utf-8', 'replace') == token:
     return CORRECT
-  return UNPARSABLE_ANSWER if outcome.status == _NOT_PYTHON else _failed(outcome)
+  return UNPARSABLE_ANSWER if outcome.status == harness.NOT_PYTHON else _failed(outcome)
 
 
 def _run_with_input(program: str, given: str, wanted: str, deadline: float) -> str:

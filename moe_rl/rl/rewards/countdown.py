@@ -5,11 +5,17 @@ import fractions
 import json
 import re
 
-from moe_rl.rl.rewards.plain_numbers import canonical_integer
+from moe_rl.rl.rewards.plain_numbers import canonical_integer, unbox
 from moe_rl.rl.rewards.verdicts import CORRECT, UNPARSABLE_ANSWER, UNPARSABLE_REFERENCE, WRONG
 
 # 4 to 6 numbers need about 40 characters; the limit keeps the expression's parser and walk shallow.
 _MAX_EXPRESSION_CHARS = 500
+
+_SPELLINGS = (('\\left', ''), ('\\right', ''), ('\\times', '*'), ('\\cdot', '*'), ('\\div', '/'), ('\\(', ' '),
+              ('\\)', ' '),
+              ('\\[', ' '), ('\\]', ' '), ('\\,', ' '), ('\\ ', ' '), ('$', ' '), ('[', '('), (']', ')'),
+              ('×', '*'), ('·', '*'), ('÷', '/'), ('−', '-'))
+_FRACTION = re.compile(r'\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}')
 
 _OPERATIONS = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b,
@@ -39,6 +45,16 @@ def _read_arithmetic(text: str) -> ast.expr | None:
   return tree
 
 
+def _plain(text: str) -> str:
+  r"""`\boxed{8 \times \frac{6}{2}}` as people type it: `8 * ((6)/(2))`."""
+  text = unbox(text.strip())
+  for old, new in _SPELLINGS:
+    text = text.replace(old, new)
+  while '\\' in text and (flat := _FRACTION.sub(r'((\1)/(\2))', text)) != text:
+    text = flat  # from the inside out
+  return ' '.join(text.split()).removesuffix('.')
+
+
 def _leaves_and_value(node: ast.AST) -> tuple[list[int], fractions.Fraction]:
   """The numbers used and the exact value. Raises ValueError for other syntax, ZeroDivisionError for x/0."""
   if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -56,7 +72,8 @@ def _leaves_and_value(node: ast.AST) -> tuple[list[int], fractions.Fraction]:
 def countdown(answer: str, reference: str) -> str:
   """Verdict for an expression that must use each number exactly once and reach the target, exactly.
 
-  reference: JSON text `{"numbers": [3, 8, 8], "target": 24}`. An `= 24` tail is allowed, and must be true.
+  reference: JSON text `{"numbers": [3, 8, 8], "target": 24}`. An `= 24` tail is allowed, and must be true; so are a
+  box, math delimiters and LaTeX's operators.
   """
   puzzle = read_reference(reference)
   if puzzle is None:
@@ -64,8 +81,7 @@ def countdown(answer: str, reference: str) -> str:
   numbers, target = puzzle
   if len(answer) > _MAX_EXPRESSION_CHARS:
     return UNPARSABLE_ANSWER
-  text = ' '.join(answer.translate({0xD7: '*', 0xF7: '/', 0x2212: '-'}).split())
-  expression, equals, claimed = text.partition('=')
+  expression, equals, claimed = _plain(answer).partition('=')
   claim = canonical_integer(claimed) if equals else str(target)
   tree = _read_arithmetic(expression)
   if tree is None or claim is None:

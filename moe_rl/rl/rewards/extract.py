@@ -32,11 +32,15 @@ _WORD = re.compile(r'[A-Za-z]{3,}')
 _FORMULA = re.compile(
     r'\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)'
     r'|(?<![\\$])\$(?![\s$])((?:[^$\\]|\\.)*?(?:[^$\s\\]|\\.))\$(?!\d)', re.DOTALL)
+# 总共有 42 元: characters before the only number.
+_CHINESE_PROSE = re.compile(r'(?:[\u4e00-\u9fff，：]\s?){2,}\$?-?\d[\d.,/]*\$?\s?[\u4e00-\u9fff]{0,6}。?$')
 _DIGITS = r'(?:\d+(?:(?:,(?:\\!)?|\{,\})\d{3})*(?:\.\d+)?|\.\d+)'
+_PART = r'\s*(?:\{\s*\d+\s*\}|\d)'
 _NUMBER = re.compile(
-    rf'(?<![\w.])[-+\u2212]?(?:\\?\$)?(?:\\[dt]?frac\s*\{{\d+\}}\s*\{{\d+\}}|{_DIGITS}(?:\s?/\s?\d+)?)(?:\s?\\?%)?')
+    rf'(?<![\w.])(?:[-+\u2212]\s?(?=\\)|[-+\u2212])?(?:\\?\$)?'
+    rf'(?:(?:\d+\s?)?\\[dtc]?frac{_PART}{_PART}|{_DIGITS}(?:\s?/\s?\d+)?)(?:\s?\\?%)?')
 _SAYS = r'(?:(?:is|are|was|be|=|:|：|equals|should be|comes out to|must be|to the (?:question|problem))[*_\s]*)+'
-_PHRASE = re.compile(rf'####|答案(?:是|为|為|：|:)|\banswers?\b[*_ ]*(?:\s*{_SAYS}|\n)', re.IGNORECASE)
+_PHRASE = re.compile(rf'####|(?:答案|最终结果)(?:是|为|為|：|:)|\banswers?\b[*_ ]*(?:\s*{_SAYS}|\n)', re.IGNORECASE)
 _WEAK_PHRASE = re.compile(
     r'\b(?:results?|solutions?|values?|total)\b[^.\n$=:]{0,40}?\s(?:is|are|=|equals)\s', re.IGNORECASE)
 _CLAUSE_END = re.compile(r'[.;!?。；](?=\s|$|\*)|\n|,?\s(?:because|since|which|so)\b')
@@ -136,7 +140,7 @@ def is_bare(text: str) -> bool:
   if len(text) > _MAX_BARE_CHARS:
     return not any(char.isspace() for char in text)  # endless, but one thing
   words = _WORD.findall(_MACRO.sub(' ', _TEXT.sub(' ', text)))
-  return bool(text) and len(words) <= _MAX_BARE_WORDS
+  return bool(text) and len(words) <= _MAX_BARE_WORDS and not _CHINESE_PROSE.match(text)
 
 
 def _stated(text: str) -> str | None:
@@ -178,6 +182,12 @@ def _chains(text: str) -> list[list[re.Match]]:
     else:
       chains.append([formula])
   return chains
+
+
+def listed_formulas(text: str) -> str | None:
+  """`$1$, $2$ and $3$` -> `1, 2, 3`; None if there are fewer than two, or they are not joined."""
+  chains = _chains(text)
+  return _listed(chains[0]) if len(chains) == 1 and len(chains[0]) > 1 else None
 
 
 def _listed(chain: list[re.Match]) -> str:

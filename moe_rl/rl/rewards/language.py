@@ -59,7 +59,7 @@ _SAME = {'hi': {'sa'}, 'en': {'pcm'}, 'no': {'nn', 'da'}, 'da': {'no', 'nn'}, 'a
          'id': {'ms'}, 'uz': {'uzs'}, 'hr': {'bs', 'sr'}, 'bs': {'hr', 'sr'}, 'sr': {'hr', 'bs'}}  # fmt: skip
 
 _NOBODYS = re.compile(
-    r'```.*?(?:```|\Z)|`[^`\n]*`|\$\$.{0,1000}?\$\$|\\\[.{0,1000}?\\\]|\\\(.{0,300}?\\\)'
+    r'```.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)|`[^`\n]*`|\$\$.{0,1000}?\$\$|\\\[.{0,1000}?\\\]|\\\(.{0,300}?\\\)'
     r'|\\begin\{(\w+)\*?\}.{0,1000}?\\end\{\1\*?\}|(?<!\\)\$[^$\n]{1,300}?\$|</?\w+>|\b(?:https?://|www\.)\S+'
     r'|\\[A-Za-z]+(?:\{[^{}]*\})*', re.DOTALL)
 # What stands between spaces or characters that need none; and what makes a symbol of it, its outer marks aside.

@@ -9,6 +9,8 @@ import fractions
 import re
 from typing import NamedTuple
 
+from moe_rl.rl.rewards import spellings
+
 # Longest text that is tried as one plain number; also far from int()'s limit of 4,300 digits.
 _MAX_NUMBER_CHARS = 200
 
@@ -28,10 +30,11 @@ class Number(NamedTuple):
 INTEGER = re.compile(r'([+-]?)(\d{1,3}(?:,\d{3})+|\d+)', re.ASCII)
 _PLAIN = re.compile(
     r'(?P<sign>[+-]?) ?\$? ?(?P<inner>[+-]?) ?'
-    r'(?:\\frac ?\{ ?(?P<num>\d+) ?\} ?\{ ?(?P<den>\d+) ?\}'
-    r'|(?P<whole>\d{1,3}(?:,\d{3})+|\d+) ?/ ?(?P<under>\d+)'
+    r'(?:(?P<ones>\d+)? ?\\frac ?\{ ?(?P<num>\d+) ?\} ?\{ ?(?P<den>\d+) ?\}'
+    r'|(?:(?P<some>\d+) )?(?P<whole>\d{1,3}(?:,\d{3})+|\d+) ?/ ?(?P<under>\d+)'
     r'|(?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+))'
-    r'(?P<tail>(?: ?[%$]|[ \u4e00-\u9fff].*)?)', re.ASCII)
+    r'(?P<tail>(?: ?[%$]| ?(?:\u00b0|\^ ?(?:\\circ|\{ ?\\circ ?\})) ?[CF]?|[ \u4e00-\u9fff].*)?)', re.ASCII)
+_DEGREES = re.compile(r'(?:\u00b0|\^ ?(?:\\circ|\{ ?\\circ ?\})) ?[CF]?')
 _UNIT = re.compile(r'[A-Za-z]{2,}(?:[ /-][A-Za-z]{2,}){0,5}(?: ?\^ ?\{?[23]\}?)?'
                    r'|(?:(?![万亿千百十半分倍点又])[\u4e00-\u9fff]){1,6}')
 _MAYBE_SCALES = {'percent': fractions.Fraction(1, 100), 'dozen': fractions.Fraction(12)}
@@ -49,12 +52,16 @@ _LEAD = re.compile(
     r'(?:(?:so|thus|hence|therefore|finally|we|you|get|have|find|obtain|then|it|that|this|is|are|must be|equals|'
     r'equal to|the (?:value|number|result|sum|total|solution|solutions|final answer|answer))\b[,:]?\s+)+',
     re.IGNORECASE)
-_WRAPPED = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('`', '`'))
+_STOPS = '.;,。；， \\'  # after an answer they say nothing, nor does a backslash alone
+_WRAPPED = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('*', '*'), ('`', '`'))
 _SPELLINGS = (
     ('\u2212', '-'), ('\\$', '$'), ('€', '$'), ('£', '$'), ('¥', '$'), ('\\%', '%'), ('{,}', ','), ('\\!', ''),
     ('\\,', ' '), ('\\;', ' '), ('\\ ', ' '), ('~', ' '),
-    ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'), ('\\left', ''), ('\\right', ''),
+    ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'), ('\\cfrac', '\\frac'), ('\\left', ''), ('\\right', ''),
 )
+_THOUSANDS = re.compile(r'(?<=\d)(?:\\,|\u2009|\u202f)(?=\d{3}(?!\d))')  # 1\,000
+_STYLE = re.compile(r'\\(?:bf|rm|it|displaystyle|textstyle)(?![A-Za-z])')
+_SHORT_FRACTION = re.compile(r'\\frac ?(?:(\d)|\{ ?(\d+) ?\}) ?(?:(\d)|\{ ?(\d+) ?\})')  # \frac34
 TEXT_MACRO = re.compile(r'\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}')
 
 
@@ -88,14 +95,15 @@ def without_lead(text: str) -> str:
 
 def tidy(text: str) -> str:
   r"""One spelling for what means the same: math delimiters, spaces, `\text{}`, `\dfrac`, a last full stop."""
-  text = TEXT_MACRO.sub(r' \1 ', text)
+  text = _STYLE.sub(' ', TEXT_MACRO.sub(r' \1 ', _THOUSANDS.sub('', text)))
   for old, new in _SPELLINGS:
     text = text.replace(old, new)
-  text = ' '.join(text.split()).removesuffix('.').rstrip()
+  text = _SHORT_FRACTION.sub(lambda m: rf'\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}', text)
+  text = ' '.join(text.split()).rstrip(_STOPS)
   for left, right in _WRAPPED:
     inner = text[len(left):len(text) - len(right)]
     if inner and text.startswith(left) and text.endswith(right) and left not in inner:
-      text = inner.strip().removesuffix('.').rstrip()
+      text = inner.strip().rstrip(_STOPS)
   return text
 
 
@@ -106,12 +114,13 @@ def _magnitude(match: re.Match) -> fractions.Fraction | None:
     return fractions.Fraction(match['decimal'].replace(',', '').removesuffix('.'))
   if int(bottom) == 0:
     return None
-  return fractions.Fraction(int(top.replace(',', '')), int(bottom))
+  ones = int(match['ones'] or match['some'] or 0)  # of a mixed number
+  return ones + fractions.Fraction(int(top.replace(',', '')), int(bottom))
 
 
 def _read_tail(tail: str) -> tuple[int, fractions.Fraction] | None:
   """What follows a number, as (certain factor, possible scale); None when it is no unit."""
-  if tail in ('', '%', '$'):
+  if tail in ('', '%', '$') or _DEGREES.fullmatch(tail):
     return 1, fractions.Fraction(1, 100 if tail == '%' else 1)
   if not _UNIT.fullmatch(tail):
     return None
@@ -122,10 +131,11 @@ def _read_tail(tail: str) -> tuple[int, fractions.Fraction] | None:
 
 
 def read(text: str, units: bool) -> Number | None:
-  r"""Reads `18`, `-1,450.5`, `$3`, `3/4`, `\frac{3}{4}`, `50%`; with `units` also `18 eggs`; else None."""
+  r"""Reads `18`, `-1,450.5`, `$3`, `3/4`, `1\frac34`, `0.\overline{3}`, `50%`; with `units` also `18 eggs`, `18°`; else
+  None."""
   if len(text) > _MAX_NUMBER_CHARS:
     return None
-  match = _PLAIN.fullmatch(tidy(text))
+  match = _PLAIN.fullmatch(tidy(spellings.repeating(text)))
   if match is None or (match['sign'] and match['inner']):
     return None
   tail = match['tail'].strip()

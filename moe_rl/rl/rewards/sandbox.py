@@ -19,7 +19,7 @@ if such a user can reach the interpreter. NOT held there: it can read what the u
 with an id of its own), which includes the environment of the user's other processes; and even `/tmp` cannot be written.
 `level()` tells which of the two is in force. Elsewhere than on Linux x86-64 and arm64 `run` refuses.
 
-In no case is a program kept from lying about its own tests when these run in its own interpreter: see `code`.
+That a program does not lie about its own tests is `harness`'s part: they run in a process of their own.
 """
 
 import dataclasses

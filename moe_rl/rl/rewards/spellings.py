@@ -9,6 +9,7 @@ _SYMBOLS = {
     '√': r'\sqrt', 'π': r'\pi ', '∞': r'\infty ', '×': r'\times ', '·': r'\cdot ', '⋅': r'\cdot ', '÷': '/',
     '≤': r'\le ', '≥': r'\ge ', '≠': r'\ne ', '±': r'\pm ', '∈': r'\in ', '∪': r'\cup ', '∩': r'\cap ', '−': '-',
     '∅': r'\emptyset ', '°': r'^\circ ', '–': '-', '，': ',', '（': '(', '）': ')', '＝': '=', '：': ':',
+    '⟨': '(', '⟩': ')',
     '½': r'\frac{1}{2}', '⅓': r'\frac{1}{3}', '⅔': r'\frac{2}{3}', '¼': r'\frac{1}{4}', '¾': r'\frac{3}{4}',
     'θ': r'\theta ', 'α': r'\alpha ', 'β': r'\beta ',
 }  # fmt: skip
@@ -31,8 +32,13 @@ _RULES = tuple((re.compile(pattern), new) for pattern, new in (
     (r'\\(?:frac|dfrac|tfrac) *(\\[A-Za-z]+|\d) *(\d|[A-Za-z]|\\(?!frac|sqrt)[A-Za-z]+)', r'\\frac{\1}{\2}'),
     (r'^ *(?:\\approx|\\sim|\\simeq|≈|=) *', ''),
     (r'≈', r'\\approx '),
+    (r'\\langle(?![A-Za-z])', '('), (r'\\rangle(?![A-Za-z])', ')'),
+    (r'\\(?:bf|rm|it|displaystyle|textstyle)(?![A-Za-z])', ' '),
 ))  # fmt: skip
-_REPEATING = re.compile(r'(\d*)\.(\d*)\\overline *\{(\d+)\}')
+_REPEATING = re.compile(r'(\d*)\.(\d*)(?:\\overline *\{(\d+)\}|\((\d+)\))')
+_DOT = r'\\dot *(?:\{ *(\d) *\}|(\d))'
+_DOTS = re.compile(rf'(?<=[.\d]){_DOT}(?:(\d*){_DOT})?')  # over the first and the last digit of the period
+_CASES = re.compile(r'\\begin *\{cases\}([^&]*?)\\end *\{cases\}')
 
 
 def to_latex(text: str) -> str:
@@ -42,11 +48,19 @@ def to_latex(text: str) -> str:
   text = text.translate(_TABLE)
   for pattern, new in _RULES:
     text = pattern.sub(new, text)
-  return _REPEATING.sub(_fraction, text) if len(text) < 200 else text
+  return repeating(_CASES.sub(lambda system: system[1].replace('\\\\', ', '), text))
+
+
+def repeating(text: str) -> str:
+  r"""`0.1\overline{6}`, `0.1\dot6` and `0.1(6)` -> `\frac{15}{90}`; a long text as it is."""
+  if len(text) > 200 or '.' not in text:
+    return text
+  text = _DOTS.sub(lambda dots: rf'\overline{{{"".join(group or "" for group in dots.groups())}}}', text)
+  return _REPEATING.sub(_fraction, text)
 
 
 def _fraction(match: re.Match) -> str:
-  r"""`0.1\overline{6}` -> `\frac{15}{90}`."""
-  whole, fixed, period = match.groups()
+  whole, fixed, *periods = match.groups()
+  period = periods[0] or periods[1]
   top = int((whole or '0') + fixed + period) - int((whole or '0') + fixed)
   return rf'\frac{{{top}}}{{{"9" * len(period) + "0" * len(fixed)}}}'
