@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_rl.runtime.mesh import TRAINING, Layout
-from moe_rl.runtime.programs import EXCHANGES
+from moe_rl.runtime.programs import EXCHANGES, PARTS
 
 EXPERT_AXES = TRAINING['experts']  # the devices along these hold all experts between them, in every table
 BUFFER, LEAST_BUFFER = 1.25, 256  # of a device, over its even share of the pairs; and at least so many of them
-SUMMED_ROWS = 4096  # 4096 x 8 picks x 7168 x 2 B = 0.5 GB
+EVEN_PARTS = 2  # that the pairs of a round's rows are worked on in, where they are even: half the memory
 
 
 @flax.struct.dataclass
@@ -216,7 +216,7 @@ class DeviceGroup(Group):
   def received(self, at: Exchange, sent) -> 'Arrived':
     gates, picks = jnp.split(at.there(sent), 2, axis=1)
     picks = jnp.where(at.expert_C[:, None] == 0, picks.astype(jnp.int32), self.own)
-    return Arrived(picks, gates, self.own, buffer(self.picked.size, self.devices))
+    return Arrived(picks, gates, self.own, buffer(-(-self.picked.size // EVEN_PARTS), self.devices))
 
   def forward(self, x, gate, *weights):
     rows, sent = self.pairs.of_tokens(x), self.sent(gate)
@@ -262,7 +262,7 @@ class Arrived:
     self.place_CxK = jnp.where(used, jnp.cumsum(used) - 1, used.size + self.size).reshape(picks_CxK.shape)
 
   def over_parts(self, body, total):
-    with jax.named_scope(EXCHANGES):
+    with jax.named_scope(PARTS):
       return jax.lax.fori_loop(0, -(-self.total // self.size), lambda i, t: body(Part(self, i * self.size), t), total)
 
 
@@ -281,9 +281,13 @@ class Part:
     return pairs_S.at[self.place_CxK].get(mode='fill', fill_value=0)
 
   def summed(self, pairs_SxD):
-    """[S, D] -> [C, D], the sum over a row's pairs; few rows at a time, as most places of [C, K, D] would be empty."""
-    return jax.lax.map(lambda place_K: pairs_SxD.at[place_K].get(mode='fill', fill_value=0).sum(0), self.place_CxK,
-                       batch_size=SUMMED_ROWS)
+    """[S, D] -> [C, D], the sum over a row's pairs. They stand side by side, so each place adds up those that follow it
+    in float32, and a row takes its first: gathering [C, K, D] would move several times as much."""
+    top_k, size = self.place_CxK.shape[1], len(self.row_S)
+    rows, pairs = (jnp.pad(a, ((0, top_k - 1), *[(0, 0)] * (a.ndim - 1))) for a in (self.row_S, pairs_SxD))
+    total = sum(jnp.where((rows[j:j + size] == self.row_S)[:, None], pairs[j:j + size].astype(jnp.float32), 0)
+                for j in range(top_k))
+    return total.astype(pairs_SxD.dtype).at[self.place_CxK.min(1)].get(mode='fill', fill_value=0)
 
 
 def buffer(even: int, devices: int) -> int:
