@@ -65,7 +65,7 @@ class MLA(nn.Module):
     self.kv_down = weight(self, 'kv_down', (c.width, c.latent_dim), ('embed', 'latent'))
     self.kv_norm = RMSNorm(LATENT_NORM_EPS, c.param_dtype)
     self.kv_up = weight(self, 'kv_up', (c.kv_lora, c.heads * (c.nope_dim + c.v_dim)), ('latent', 'heads'))
-    self.out = weight(self, 'out', (c.heads * c.v_dim, c.width), ('heads_in', 'embed_out'))
+    self.out = weight(self, 'out', (c.heads * c.v_dim, c.width), ('heads', 'embed'))
 
   def queries(self, x, positions):
     """[..., D] -> content [..., H, nope] and rotated [..., H, R] parts."""

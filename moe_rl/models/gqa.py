@@ -30,7 +30,7 @@ class GQA(nn.Module):
     self.q = weight(self, 'q', (c.width, queries), ('embed', 'heads'))
     self.k = weight(self, 'k', (c.width, keys), ('embed', 'heads'))
     self.v = weight(self, 'v', (c.width, keys), ('embed', 'heads'))
-    self.out = weight(self, 'out', (queries, c.width), ('heads_in', 'embed_out'))
+    self.out = weight(self, 'out', (queries, c.width), ('heads', 'embed'))
     if c.qkv_bias:
       zeros = nn.initializers.zeros
       self.q_bias = weight(self, 'q_bias', (queries,), ('heads',), zeros)

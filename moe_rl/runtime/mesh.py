@@ -21,7 +21,6 @@ TRAINING: dict[str, tuple[str, ...]] = {
   'places': ('tensor',),
   'embed': ('fsdp',),
   'heads': ('tensor', 'expert'), 'head_work': ('tensor',),  # of weights, of activations
-  'heads_in': ('tensor', 'fsdp', 'expert'), 'embed_out': (),
   'mlp': ('tensor',),
   'vocab': ('tensor',),
   'experts': ('expert', 'tensor'),
@@ -31,8 +30,7 @@ TRAINING: dict[str, tuple[str, ...]] = {
 }
 # Sampling: a step has few tokens, so weights stay and tokens come. Nothing is gathered over fsdp, which holds copies.
 SAMPLING = TRAINING | {
-  'embed': (), 'heads': ('tensor',), 'heads_in': ('tensor',), 'expert_rows': (), 'ff_places': (),
-  'ff_hidden': ('tensor',),
+  'embed': (), 'heads': ('tensor',), 'expert_rows': (), 'ff_places': (), 'ff_hidden': ('tensor',),
 }
 TABLES = {'training': TRAINING, 'sampling': SAMPLING}
 
