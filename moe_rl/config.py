@@ -125,6 +125,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.importance_range = (0.5, 2.0)  # a weight is cut to the upper end ('truncate'), or must lie between the two
   c.rl.replay_routing = False  # the sampler's expert choices hold in scoring and update; gates are computed anew
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
+  c.rl.reference_memory = 'device'  # where the reference lies between its uses: 'device', or sharded in 'host' memory
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
   c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 2,048 tokens a device

@@ -135,6 +135,7 @@ def _validate_rl(config, model, rows_over):
   _validate_eval(config, model)
   positive('config.eval', e, ('problems',))
   objective = _validate_objective(r, model)
+  choose('config.rl.reference_memory', r.reference_memory, meshes.MEMORIES)
   _validate_general(config)
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)

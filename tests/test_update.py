@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import EOS, assert_trees_close, favouring, quick_jit, tiny_model, tiny_variables
 
 from moe_rl.config import base_config
@@ -19,6 +20,7 @@ from moe_rl.rl.batch import pack
 from moe_rl.rl.sampler import Rollout, make_sampler
 from moe_rl.rl.update import make_grpo_update, make_scoring, score
 from moe_rl.runtime.keys import key_for
+from moe_rl.runtime.mesh import HOST_MEMORY, one_device_mesh
 from moe_rl.runtime.state import TrainState
 
 MODEL = tiny_model(layers=2, dense_layers=0)  # the update is what compiles longest: MoE layers only
@@ -262,6 +264,22 @@ def test_accumulation_and_packing_change_no_gradient_and_no_metric(row_tokens, m
   # The same float32 terms in another order, through other forms of the expert layer (few tokens take the dense one).
   assert_trees_close(gradient, whole, rtol=1e-5)
   assert_metrics_close(metrics, numbers)
+
+
+def test_a_reference_in_host_memory_changes_no_bit_and_stays_there():
+  placed = jax.tree.map(lambda x: x.sharding, fresh().params)
+  far = jax.tree.map(lambda s: NamedSharding(one_device_mesh(), PartitionSpec(), memory_kind=HOST_MEMORY), placed)
+  near = jax.tree.map(lambda s: s.with_memory_kind('device'), far)
+  state, other = fresh(), fresh()
+  other = jax.device_put(other, NamedSharding(one_device_mesh(), PartitionSpec()))
+  other = other.replace(reference=jax.device_put(other.reference, far))
+  host = make_grpo_update(Transformer(MODEL), OPTIMIZER, rl_config(reference_memory='host'), SAMPLING, near)
+  batch, used = packed_batch(rollout())
+  (wanted, numbers), (got, metrics) = (
+    update()(state, batch, used), quick_jit(host, donate_argnums=0)(other, batch, used))
+  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+  assert jax.device_get(metrics) == jax.device_get(numbers)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(got.reference)} == {HOST_MEMORY}
 
 
 def test_all_metrics_are_there_and_finite():

@@ -110,6 +110,22 @@ def abstract(shapes, placed):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
+MEMORIES = ('device', 'host')
+HOST_MEMORY = 'pinned_host'  # of each device's host, which the device reads and writes by itself
+
+
+def in_host_memory(placed):
+  """A tree of shardings -> the same, in host memory. Raises ValueError where the devices reach none."""
+  def one(s: NamedSharding) -> NamedSharding:
+    try:
+      return s.with_memory_kind(HOST_MEMORY)
+    except ValueError as e:
+      platform = s.mesh.devices.flat[0].platform
+      raise ValueError(f"config.rl.reference_memory 'host': the {platform} devices of this jax {jax.__version__} reach "
+                       f"no memory of kind '{HOST_MEMORY}': set it to 'device'") from e
+  return jax.tree.map(one, placed)
+
+
 def rows_over(sizes: Mapping[str, int]) -> int:
   """Over how many devices the rows of a batch are split; sizes by axis, such as `mesh.shape`."""
   return math.prod(sizes[a] for a in TRAINING['batch'])

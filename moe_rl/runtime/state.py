@@ -74,10 +74,15 @@ def make_state(model: ModelConfig, optimizer, key: jax.Array, reference: bool) -
                     jax.tree.map(jnp.copy, params) if reference else {})
 
 
-def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
-  """(state of ShapeDtypeStruct, state of NamedSharding): what a program over the state is compiled from."""
+def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool, reference_memory: str = 'device'):
+  """(state of ShapeDtypeStruct, state of NamedSharding): what a program over the state is compiled from.
+
+  reference_memory: one of `mesh.MEMORIES`. Raises ValueError where the devices' host has none that they reach.
+  """
   boxed = jax.eval_shape(lambda: make_state(model, optimizer, jax.random.key(0), reference))
   shardings = meshes.shardings(boxed, mesh)
+  if reference_memory == 'host':
+    shardings = shardings.replace(reference=meshes.in_host_memory(shardings.reference))
   return meshes.abstract(nn.unbox(boxed), shardings), shardings
 
 
@@ -117,6 +122,6 @@ def make_adopt(optimizer, shardings: TrainState, reference: bool):
                  out_shardings=(shardings.step, shardings.opt_state, shardings.reference))
 
 
-def copied(tree):
-  """The arrays again, in memory of their own and placed alike. Compiles nothing, at whatever step it comes."""
-  return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), tree)
+def copied(tree, like):
+  """The arrays again, in memory of their own and placed as those of `like`. Compiles nothing, whenever it comes."""
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding, may_alias=False), tree, like)

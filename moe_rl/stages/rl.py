@@ -55,7 +55,8 @@ class RL:
     self.objective = objectives.chosen(r)
     self.reference = self.objective.kl_weight > 0
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
-    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference)
+    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference,
+                  reference_memory=r.reference_memory)
     self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     whole = meshes.everywhere(mesh)
     self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
@@ -76,7 +77,7 @@ class RL:
       make_scoring(net, r, self.sampling), in_shardings=(trained, by_microbatch, whole),
       out_shardings=(by_microbatch, whole))
     self.update = jax.jit(
-      make_grpo_update(net, self.optimizer, r, self.sampling), donate_argnums=0,
+      make_grpo_update(net, self.optimizer, r, self.sampling, self.shardings.params), donate_argnums=0,
       in_shardings=(self.shardings, by_microbatch, whole), out_shardings=(self.shardings, whole))
 
   def sample(self, variables, *prompts):
@@ -311,7 +312,7 @@ def run(config, workdir, mesh) -> dict:
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
                                  'is whole. Lower optim.lr and start again in another workdir')
       if stage.reference and r.reference_every and step % r.reference_every == 0:
-        state = state.replace(reference=copied(state.params))
+        state = state.replace(reference=copied(state.params, state.reference))
 
       verdicts = hosts.total(count_verdicts(groups.grades))
       host['verdicts'] = {k: host['verdicts'].get(k, 0) + v for k, v in verdicts.items()}
