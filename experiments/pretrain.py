@@ -8,7 +8,7 @@ those sizes. `PRESET@SLICE` adds what fits a TPU slice, by the table below; the 
 from moe_rl.config import base_config
 from moe_rl.refusals import refuse
 
-# Preset -> slice -> what differs. On 512 chips 4 rows a chip, so more steps for the 14.8T tokens; experts in groups of 8
+# Preset -> slice -> what differs. On 512 chips 4 rows a chip, so more steps for 14.8T tokens; experts in groups of 8
 # chips, a chip for each of the router's groups, so that a token goes to 4 chips at most.
 SLICES = {'v3_671b': {'v5p:8x8x8': {'mesh.data': 1, 'mesh.fsdp': 64, 'mesh.expert': 8, 'pretrain.steps': 1_762_500,
                                     'pretrain.rows_per_step': 2048, 'pretrain.microbatch_rows': 2048}}}
