@@ -46,7 +46,7 @@ def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, 
     raise ValueError(f'--only={",".join(only)}: no such program; there are init, {", ".join(used)}')
   rows = estimate.rows(done, topology, used)
   run = {} if only else estimate.run(rows, topology, sized, price)
-  return report.as_json(topology, mesh, rows, run, [*assumed, *done.notes])
+  return report.as_json(topology, mesh, rows, run, [*assumed, *done.notes, *programs.not_by_hosts(sized, topology)])
 
 
 def main(argv):

@@ -66,6 +66,18 @@ def check(config, devices: int) -> tuple[dict, object]:
   return sizes, config
 
 
+def not_by_hosts(config, topology) -> list[str]:
+  """Why the slice's hosts would not run this, if so; config: as `check` returns it. A plan needs no hosts."""
+  from moe_rl import config as configs
+  from moe_rl import validation
+  from moe_rl.runtime.mesh import rows_over
+  try:
+    validation.check_hosts(config, rows_over(configs.mesh_sizes(config, topology.devices)), topology.hosts)
+  except ValueError as e:
+    return [f'more than its {topology.hosts:,} hosts can do today, each with prompts and rows of its own: {e}']
+  return []
+
+
 def make(topology, config: dict) -> Made:
   """config: as a plain dict, from `for_planning`. Called where programs are compiled."""
   from moe_rl.planner.estimate import steps_of

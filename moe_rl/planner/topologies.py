@@ -84,6 +84,11 @@ class Topology:
     return self.chips * self.generation.devices
 
   @property
+  def hosts(self) -> int:
+    """Machines, a process each: of 4 chips, or of 8 where that is a whole 2D slice."""
+    return 1 if self.generation.dimensions == 2 and self.chips <= 8 else max(1, self.chips // 4)
+
+  @property
   def wraps(self) -> tuple[bool, ...]:
     """Whether the chips of each dimension form a ring."""
     return torus.wraps(self.shape)

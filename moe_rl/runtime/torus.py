@@ -27,37 +27,55 @@ def wraps(shape: Sequence[int]) -> tuple[bool, ...]:
 
 
 def arranged(devices: Sequence, sizes: tuple[int, ...]) -> np.ndarray:
-  """The devices as an array of `sizes`; those of another platform than TPU, or of several slices, in their own order.
+  """The devices as an array of `sizes`; those of another platform than TPU in their own order.
 
-  The last two axes are those that an all-to-all goes over (expert, tensor), the second that of gathered weights.
+  The last two axes are those that an all-to-all goes over (expert, tensor), the one before that of gathered weights;
+  the first (data, whose devices meet once a step) lies across slices, where there are several. Raises ValueError if it
+  is no multiple of them.
   """
   plain = np.asarray(devices).reshape(sizes)
   if len(devices) == 1 or not all(hasattr(d, 'coords') for d in devices):
     return plain
+  slices = [getattr(d, 'slice_index', None) or 0 for d in devices]
+  if (n := len(set(slices))) > 1:
+    if sizes[0] % n:
+      raise ValueError(f'config.mesh.data {sizes[0]} is not a multiple of the {n} slices, and no other axis should go '
+                       f'through the network between them: set it to {n}')
+    parts = ([d for d, own in zip(devices, slices, strict=True) if own == s] for s in sorted(set(slices)))
+    return np.concatenate([arranged(part, (sizes[0] // n, *sizes[1:])) for part in parts])
   at = {(*d.coords, getattr(d, 'core_on_chip', 0)): d for d in devices}
   shape = tuple(len({place[k] for place in at}) for k in range(4))
   first = tuple(min(place[k] for place in at) for k in range(4))
-  if math.prod(shape) != len(devices) or len(at) != len(devices):  # no whole box, such as several slices
-    return plain
-  chosen = factors(shape, tuple(sizes))
-  if chosen is None:
+  if math.prod(shape) != len(devices) or len(at) != len(devices):  # no whole box
     return plain
   grid = np.empty(shape, object)
   for place, device in at.items():
     grid[tuple(np.subtract(place, first))] = device
-  # Each dimension of the grid falls into a factor for each axis. Within an axis the first dimension turns fastest but
-  # for a chip's own devices: hosts have 2x2x1 chips, which so hold neighbouring rows of a batch.
-  axes = range(len(sizes))
-  grid = grid.reshape([f[a] for f in chosen for a in axes])
-  return grid.transpose([d * len(sizes) + a for a in axes for d in (2, 1, 0, 3)]).reshape(sizes)
+  best = ways(shape, tuple(sizes))
+  return next((m for m in (laid(grid, way) for way in best) if rows_by_host(m)), laid(grid, best[0]) if best else plain)
+
+
+def rows_by_host(mesh: np.ndarray) -> bool:
+  """Whether no two hosts share a row of a batch, as each makes its own: the last axis, over which rows do not lie,
+  stays within hosts."""
+  return all(len({getattr(d, 'process_index', 0) for d in group}) == 1 for group in mesh.reshape(-1, mesh.shape[-1]))
+
+
+def laid(grid: np.ndarray, way: tuple[tuple[int, ...], ...]) -> np.ndarray:
+  """The grid as a mesh. Within an axis the first dimension turns fastest but for a chip's own devices: hosts have 2x2x1
+  chips, which so hold neighbouring rows."""
+  axes = range(len(way[0]))
+  order = [d * len(axes) + a for a in axes for d in (2, 1, 0, 3)]
+  sizes = [math.prod(factor[a] for factor in way) for a in axes]
+  return grid.reshape([factor[a] for factor in way for a in axes]).transpose(order).reshape(sizes)
 
 
 @functools.cache
-def factors(shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
-  """Of each dimension of the grid (the fourth: devices of a chip), the factor that each axis takes; None if no way to
-  cut the grid gives these sizes. The way that takes the least time for as many bytes in each kind of exchange."""
-  ways = [w for w in cuts(shape, sizes) if all(math.prod(f[a] for f in w) == n for a, n in enumerate(sizes))]
-  return min(ways, key=lambda w: time(w, shape), default=None)
+def ways(shape: tuple[int, ...], sizes: tuple[int, ...]) -> list[tuple[tuple[int, ...], ...]]:
+  """Of each dimension of the grid (the fourth: devices of a chip), the factor that each axis takes: every way that
+  gives these sizes, those first that take the least time for as many bytes in each kind of exchange."""
+  found = [w for w in cuts(shape, sizes) if all(math.prod(f[a] for f in w) == n for a, n in enumerate(sizes))]
+  return sorted(found, key=lambda w: time(w, shape))
 
 
 def cuts(shape: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
