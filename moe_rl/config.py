@@ -107,6 +107,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.general_share = 0.0  # of a step's prompts, where there is task.general_path
   c.rl.general_from = 0  # steps before general prompts are mixed in; R1: 1,300 of 1,700
   c.rl.minibatches = 1  # optimizer updates a rollout
+  c.rl.minibatch_of = 'prompts'  # whole groups; 'samples': as many of each group, for hosts that have few prompts each
   c.rl.epochs = 1  # passes over a rollout
   # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
   # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'

@@ -129,6 +129,8 @@ class Counting:
       elif i.opcode == 'call' or i.opcode.endswith('-start') and i.called('calls'):
         called = self.module.computations[i.called('calls') or i.called('to_apply')]
         work.add(self.computation(Scope(self.module, called)))
+      elif offloaded := self.module.computations.get(_braces(i.attributes, 'called_computations').lstrip('%')):
+        work.add(self.computation(Scope(self.module, offloaded)))  # to the SparseCores: gathers, collectives
       else:
         self.single(scope.computation, i, work, seen)
     return work

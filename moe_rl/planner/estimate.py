@@ -130,7 +130,7 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
          f'--mean-tokens={mean:g}: must be 1 to config.sampling.max_new_tokens ({s.max_new_tokens})')
   reference = chosen(r).kl_weight > 0
   whole, evaluated = r.prompts_per_step, configs.eval_prompts_per_batch(config)
-  updates, most = r.minibatches * r.epochs, r.prompts_per_step // r.minibatches * r.group_size
+  updates, most = r.minibatches * r.epochs, r.prompts_per_step * r.group_size // r.minibatches
   microbatches = min(math.ceil(most * (s.max_prompt_tokens + mean) / (r.row_tokens * r.microbatch_rows)),
                      -(-most // r.microbatch_rows))
 
