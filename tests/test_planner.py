@@ -52,6 +52,44 @@ def test_a_loop_is_counted_as_often_as_it_goes_round():
   assert total.received == 5 * 2 * 64 * 3 / 4
 
 
+def test_every_collective_counts_once_where_it_stands_or_is_offloaded_to():
+  """Two of shard_map, which share channel 1; one that two fusions have written in each; one on the SparseCores."""
+  work = count.count(hlo.parse("""HloModule m, num_partitions=4
+%fused.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} all-reduce(%p), channel_id=7, to_apply=%sum
+}
+%fused.2 (p2: f32[8]) -> f32[8] {
+  %p2 = f32[8]{0} parameter(0)
+  ROOT %a2 = f32[8]{0} all-reduce(%p2), channel_id=7, to_apply=%sum
+}
+%called.1 (p3: f32[8]) -> f32[32] {
+  %p3 = f32[8]{0} parameter(0)
+  ROOT %g = f32[32]{0} all-gather(%p3), channel_id=9, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async.1 (p4: f32[8]) -> f32[32] {
+  %p4 = f32[8]{0} parameter(0)
+  ROOT %c = f32[32]{0} custom-call(%p4), custom_call_target="offload", called_computations={%called.1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} all-to-all(%x), channel_id=1, dimensions={0}
+  %z = f32[8]{0} all-to-all(%y), channel_id=1, dimensions={0}
+  %u = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused.1
+  %v = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused.2
+  %s = ((f32[8]{0}), f32[32]{0}) async-start(%z), async_execution_thread="sparsecore", calls=%async.1
+  ROOT %d = f32[32]{0} async-done(%s)
+}
+""")).total()
+  kinds = {}
+  for c, n in work.collectives.items():
+    kinds[c.kind] = kinds.get(c.kind, 0) + n
+  assert kinds == {'all-to-all': 2, 'all-reduce': 1, 'all-gather': 1}
+  assert work.received == 2 * 32 * 3 / 4 + 2 * 32 * 3 / 4 + 128 * 3 / 4
+
+
 @pytest.mark.parametrize('text, wanted', [
   ('replica_groups={{0,1},{2,3}}', ((0, 1), (2, 3))),
   ('replica_groups=[2,2]<=[4]', ((0, 1), (2, 3))),
