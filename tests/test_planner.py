@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from moe_rl import plan
 from moe_rl.main import load_experiment
 from moe_rl.planner import count, hlo, programs, suggest
 from moe_rl.planner.compile import compile_all, needed_bytes, read_buffers
@@ -207,6 +208,23 @@ def test_the_command_refuses(arguments, wanted):
   done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
+
+
+@needs_libtpu
+def test_a_step_of_671b_with_fewer_layers_fits_and_sends_a_token_once_to_each_of_four_devices():
+  """V3's widths on 512 chips, one dense layer and one of experts, 4 x 4,096 tokens a chip."""
+  config, topology = load_experiment('experiments/pretrain.py', 'v3_671b@v5p:8x8x8'), parse('v5p:8x8x8')
+  config.model.update(dict(layers=2, dense_layers=1, mtp_layers=0))
+  made = plan.plan(config, topology, only=['pretrain update'], patience=1.0)
+  update, = made['programs']
+  assert made['fits'] and 5 * 2**30 < update['peak_bytes'] < 60 * 2**30
+  # There and back forward; twice there and once back backward; gates and picks beside them in rows of 256 numbers.
+  sent = 4 * 4096 * 4 * 2 * 7 / 8
+  exchanged = update['collectives']['ragged-all-to-all']
+  assert exchanged['count'] == 8 and exchanged['received'] == sent * (5 * 7168 + 3 * 256)
+  # One step of 2,048 rows: what is computed above the model's own FLOPs is a second forward pass of attention and dense
+  # layers, and places of the experts' buffers that an even load leaves empty.
+  assert 1.0 < update['flops'] * topology.devices / update['useful_flops'] < 1.4
 
 
 def plan_command(*arguments: str, before: str = '') -> subprocess.CompletedProcess:
