@@ -129,6 +129,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.general_share = 0.0  # of a step's prompts, where there is task.general_path
   c.rl.general_from = 0  # steps before general prompts are mixed in; R1: 1,300 of 1,700
   c.rl.minibatches = 1  # optimizer updates a rollout
+  c.rl.minibatch_of = 'prompts'  # whole groups; 'samples': as many of each group, for hosts that have few prompts each
   c.rl.epochs = 1  # passes over a rollout
   # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
   # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'
@@ -147,6 +148,7 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.importance_range = (0.5, 2.0)  # a weight is cut to the upper end ('truncate'), or must lie between the two
   c.rl.replay_routing = False  # the sampler's expert choices hold in scoring and update; gates are computed anew
   c.rl.reference_every = 400  # steps between refreshes of the reference; 0: never
+  c.rl.reference_memory = 'device'  # where the reference lies between its uses: 'device', or sharded in 'host' memory
   c.rl.bias_rate = 0.0  # router bias a step; frozen by default, as released MoE RL recipes have it
   c.rl.row_tokens = 0  # width of a packed row; 0: derived, at least 128 and the longest sample
   c.rl.microbatch_rows = 0  # rows in one forward and backward pass; 0: derived, about 1,024 tokens a device

@@ -8,6 +8,7 @@ The exit status is 0 if every program fits, 1 if one does not, 2 on bad input.
 
 import json
 import pathlib
+import signal
 import sys
 import time
 
@@ -46,7 +47,7 @@ def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, 
     raise ValueError(f'--only={",".join(only)}: no such program; there are init, {", ".join(used)}')
   rows = estimate.rows(done, topology, used)
   run = {} if only else estimate.run(rows, topology, sized, price)
-  return report.as_json(topology, mesh, rows, run, [*assumed, *done.notes])
+  return report.as_json(topology, mesh, rows, run, [*assumed, *done.notes, *programs.not_by_hosts(sized, topology)])
 
 
 def main(argv):
@@ -56,6 +57,7 @@ def main(argv):
   config = flags.FLAGS.config
   if config is None:
     fail('give an experiment: --config=experiments/r1_zero.py:v3_671b')
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the compiler's process ends too
   options = dict(mean_tokens=_MEAN.value or None, prompt_tokens=_PROMPT.value, price=_PRICE.value,
                  patience=_PATIENCE.value, progress=Progress())
   try:

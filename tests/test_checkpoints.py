@@ -21,8 +21,10 @@ from moe_rl.models.hf_import import load_model
 from moe_rl.models.hf_names import SCALE
 from moe_rl.models.safetensors_io import INDEX, SINGLE, write_folder
 from moe_rl.models.weights import EMBEDDED, save_weights
-from moe_rl.runtime.run import CompileCounter
-from moe_rl.runtime.state import make_optimizer
+from moe_rl.runtime import mesh as meshes
+from moe_rl.runtime.mesh import HOST_MEMORY
+from moe_rl.runtime.run import CompileCounter, Run
+from moe_rl.runtime.state import copied, make_optimizer
 from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.start import Start
 
@@ -227,6 +229,29 @@ def test_a_stage_starts_from_the_files_without_making_random_weights(tmp_path, m
   own, other = state.params['embed'], state.reference['embed']
   assert own.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()
   assert jax.tree.map(lambda x: x.sharding, state) == start.shardings
+
+
+def test_a_reference_in_host_memory_is_born_refreshed_and_restored_there(tmp_path, mesh):
+  config, model = base_config('tiny'), tiny_model(layers=1, dense_layers=1)
+  start = Start(config, model, make_optimizer(config, 10), mesh, reference=True, reference_memory='host')
+  state = start.state()
+  state = state.replace(reference=copied(jax.tree.map(jax.numpy.cos, state.params), state.reference))
+  for step in (0, 1):
+    run = Run(config, tmp_path / 'run')
+    restored = run.restore(start.abstract)
+    run.save(step, state, {})
+    run.close()
+  restored = restored[1]
+  for at in (state, restored):
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(at.reference)} == {HOST_MEMORY}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(at.params)} == {'device'}
+  assert_same_bits(flat(restored.reference), flat(state.reference))
+
+
+def test_devices_that_reach_no_host_memory_are_told_by_key(mesh, monkeypatch):
+  monkeypatch.setattr('moe_rl.runtime.mesh.HOST_MEMORY', 'attic')
+  with pytest.raises(ValueError, match="config.rl.reference_memory 'host': the cpu devices .* set it to 'device'"):
+    meshes.in_host_memory({'w': meshes.everywhere(mesh)})
 
 
 def test_pretraining_goes_on_from_weights_with_their_prediction_module(mesh):

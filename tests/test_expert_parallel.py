@@ -10,10 +10,12 @@ import runs
 
 from moe_rl.models import expert_parallel, moe
 
-ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 16, 8, 8, 2
+ROWS, TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 16, 8, 8, 3
 NOBODY = EXPERTS
 # All of 8 devices: experts over 2, 4 and 8 of them, or on each; tokens that the tensor axis does not divide.
 MESHES = ('data=2,fsdp=2,expert=2', 'fsdp=2,expert=2,tensor=2', 'expert=2,tensor=4', 'data=2,fsdp=4')
+# A router that keeps a token's picks within two of four groups of experts: then it goes to two devices at most.
+LIMITED = ('data=2,fsdp=2,expert=2 4,2', 'fsdp=2,expert=2,tensor=2 4,2')
 ON_EACH = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -24,8 +26,11 @@ names, meshes, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.ar
 given = dict(np.load(f'{folder}/given.npz'))
 arrays = [given[k] for k in ('x', 'gate', 'w_gate', 'w_up', 'w_down')]
 for text in meshes:
-  sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split('=') for part in text.split(','))}
-  layout = Layout(make_mesh(sizes))
+  mesh, _, routing = text.partition(' ')
+  sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split('=') for part in mesh.split(','))}
+  layout = Layout(make_mesh(sizes), routing=tuple(map(int, routing.split(','))) if routing else (1, 1))
+  if routing:
+    assert expert_parallel.most_devices(layout, given['gate'].shape[-1]) == 2
 
   @jax.jit
   def value_and_gradients(picked, cotangent, *arrays):
@@ -43,6 +48,8 @@ def routings() -> dict[str, np.ndarray]:
   """int32 [N, T, K] by name."""
   rng = np.random.default_rng(0)
   uneven = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(ROWS * TOKENS)])
+  groups = [np.concatenate([(2 * g, 2 * g + 1) for g in rng.permutation(4)[:2]]) for _ in uneven]
+  two_groups = np.stack([rng.permutation(picks)[:TOP_K] for picks in groups])
   one_row = np.arange(ROWS * TOKENS)[:, None] // TOKENS == 3
   routes = {
     'random': uneven,
@@ -51,11 +58,16 @@ def routings() -> dict[str, np.ndarray]:
     'one device has all tokens': np.where(one_row, uneven, NOBODY),
     'one device has no token': np.where(one_row, NOBODY, uneven),
     'no token at all': np.full(uneven.shape, NOBODY),
+    'two groups': two_groups,
+    'two groups, one device has all tokens': np.where(one_row, two_groups, NOBODY),
   }
   return {name: a.reshape(ROWS, TOKENS, TOP_K).astype(np.int32) for name, a in routes.items()}
 
 
 ROUTINGS = routings()
+WITHIN = ('every pair to one expert', 'all devices but one get nothing', 'no token at all', 'two groups',
+          'two groups, one device has all tokens')
+CASES = [(name, mesh) for mesh in MESHES for name in ROUTINGS] + [(name, mesh) for mesh in LIMITED for name in WITHIN]
 
 
 @pytest.fixture(scope='module')
@@ -71,13 +83,12 @@ def on_mesh(given, tmp_path_factory):
   """(mesh, routing) -> y, load and the gradients by x, gate and the three weights."""
   folder = tmp_path_factory.mktemp('experts')
   np.savez(folder / 'given.npz', **given, **ROUTINGS)
-  runs.finish(runs.start_python(ON_EACH, json.dumps(list(ROUTINGS)), json.dumps(MESHES), folder,
+  runs.finish(runs.start_python(ON_EACH, json.dumps(list(ROUTINGS)), json.dumps(MESHES + LIMITED), folder,
                                 devices=8))
   return lambda mesh, name: list(np.load(folder / f'{mesh} {name}.npz').values())
 
 
-@pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('name', ROUTINGS)
+@pytest.mark.parametrize('name, mesh', CASES)
 def test_every_mesh_gives_the_dense_sum_and_all_its_gradients(name, mesh, given, on_mesh):
   picked = ROUTINGS[name].reshape(-1, TOP_K)
 
@@ -88,8 +99,17 @@ def test_every_mesh_gives_the_dense_sum_and_all_its_gradients(name, mesh, given,
   got_y, load, *gradients = on_mesh(mesh, name)
   np.testing.assert_array_equal(load, np.bincount(picked.reshape(-1), minlength=EXPERTS + 1)[:-1])
   for got, wanted in zip((got_y, *gradients), (y, *pullback(given['cotangent'])), strict=True):
-    # float32: sums over up to 96 pairs in another order, relative to the largest entry.
+    # float32: sums over up to 144 pairs in another order, relative to the largest entry.
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * max(np.abs(wanted).max(), 1e-3))
+
+
+@pytest.mark.parametrize('mesh', LIMITED)
+def test_a_token_that_goes_further_than_its_router_may_send_it_is_not_dropped_in_silence(mesh, on_mesh):
+  experts = EXPERTS // (4 if 'tensor' in mesh else 2)
+  far = np.array([len({*picks}) for picks in (ROUTINGS['random'] // experts).reshape(-1, TOP_K).tolist()]) > 2
+  y, *_ = on_mesh(mesh, 'random')
+  np.testing.assert_array_equal(np.isnan(y.reshape(-1, WIDTH)).any(1), far)
+  assert far.any() == ('tensor' in mesh)  # of two devices all are in reach
 
 
 def test_rounds_send_every_pair_once_and_never_more_than_a_buffer_holds():

@@ -236,6 +236,18 @@ def test_sizes_that_leave_a_process_without_its_share_are_refused(changes, messa
     validation.validate(config, 2, 10, processes=2)
 
 
+def test_minibatches_of_samples_leave_many_hosts_their_share():
+  config = runs.config_of('r1_zero.py', {'mesh': dict(data=4), 'rl': dict(prompts_per_step=4, group_size=4,
+                                                                          minibatches=4)})
+  with pytest.raises(ValueError, match='4 is not a multiple of 4 processes x config.rl.minibatches: 16'):
+    validation.validate(config, 4, 10, processes=4)
+  config.rl.minibatch_of = 'samples'
+  validation.validate(config, 4, 10, processes=4)
+  config.rl.group_size = 6
+  with pytest.raises(ValueError, match='config.rl.group_size 6 is not a multiple of config.rl.minibatches'):
+    validation.validate(config, 4, 10, processes=4)
+
+
 def test_flags_name_a_place_and_none_is_none():
   assert hosts.from_flags('', 0, -1) is None
   assert hosts.from_flags('h:8', 2, 1) == hosts.Place('h:8', 2, 1)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from moe_rl.runtime import mesh as meshes
 
-# One pre-training step and one RL step from the same seed on each mesh, in a process of its own with 8 CPU devices.
+# One step of pre-training, of fine-tuning and of RL from the same seed on each mesh, in processes with 8 CPU devices.
 ONE_STEP_EACH = """
 import json, sys
 import flax, jax, numpy as np
@@ -22,6 +22,7 @@ from moe_rl.runtime.mesh import make_mesh
 from moe_rl.runtime.run import Run
 from moe_rl.stages.pretrain import Pretraining
 from moe_rl.stages.rl import RL, sample_prompts
+from moe_rl.stages.sft import SFT
 
 def config_of(name, sizes):
   config = load_experiment(f'experiments/{name}.py')
@@ -38,6 +39,15 @@ def pretrain(config, mesh):
   rows = {k: v.reshape(-1, c.microbatch_rows, c.row_tokens) for k, v in next(stage.data()).items()}
   state, metrics = stage.update(stage.init(), rows)
   written.append((stage, state))
+  return {'loss': metrics['loss'], **flat(state)}
+
+def sft(config, mesh):
+  stage, c = SFT(config, mesh, 10), config.sft
+  shape, rng = (c.rows_per_step // c.microbatch_rows, c.microbatch_rows, c.row_tokens), np.random.default_rng(0)
+  place = np.broadcast_to(np.arange(c.row_tokens), shape)  # two examples of 16 a row, the rest is padding
+  rows = {'ids': rng.integers(0, config.model.vocab_size, shape), 'positions': place % 16,
+          'segments': np.where(place < 32, 1 + place // 16, 0), 'answer': (place % 16 > 5) & (place < 32)}
+  state, metrics = stage.update(stage.init(), {k: v if k == 'answer' else v.astype(np.int32) for k, v in rows.items()})
   return {'loss': metrics['loss'], **flat(state)}
 
 def restored_everywhere(folder):
@@ -79,16 +89,19 @@ for name, mesh_name in every_mesh:
   count = int(np.prod(list(sizes.values())))
   config = config_of(name, sizes)
   mesh = make_mesh(configs.mesh_sizes(config, count), jax.devices()[:count])
-  step = {'pretrain': pretrain, 'r1_zero': rl}[name]
+  step = {'pretrain': pretrain, 'sft': sft, 'r1_zero': rl}[name]
   np.savez(f'{out}/{name}_{mesh_name}.npz', **jax.device_get(step(config, mesh)))
 if written:
   open(f'{out}/restored.json', 'w').write(json.dumps(restored_everywhere(f'{out}/checkpoints')))
 """
 # Wider than the default 0.04, so that sampling depends on the weights; not so wide that rounding is amplified.
-MODEL = runs.MODEL | dict(init_std=0.15)
+# The router keeps three picks within one of two groups of experts, so that tokens go to devices and not to picks.
+MODEL = runs.MODEL | dict(init_std=0.15, experts=8, top_k=3, groups=2, kept_groups=1)
 # Adam's first step is lr times the gradient's sign: where a gradient is about 0 its rounding shows, hence a small lr.
 CHANGES = {
   'pretrain': runs.PRETRAIN | {'model': MODEL, 'optim': dict(lr=1e-4, warmup_steps=0)},
+  'sft': {'model': MODEL, 'init_from': '', 'optim': dict(lr=1e-4, final_lr=1e-4),
+          'sft': dict(rows_per_step=16, row_tokens=48, microbatch_rows=8)},
   'r1_zero': runs.RL | {
     'model': MODEL, 'init_from': '', 'sampling': dict(max_prompt_tokens=16, max_new_tokens=16),
     'rl': dict(prompts_per_step=8, group_size=4, row_tokens=48, microbatch_rows=8, minibatches=1, steps=10)}}
@@ -100,9 +113,10 @@ EIGHT = [(stage, mesh) for stage in CHANGES for mesh in ('data=8', 'data=2,fsdp=
 def step(tmp_path_factory):
   """(stage, mesh) -> what its one step gave, by name."""
   out = tmp_path_factory.mktemp('mesh')
-  meshes_of = {name: [(name, ONE), *(pair for pair in EIGHT if pair[0] == name)] for name in CHANGES}
-  both = [runs.start_python(ONE_STEP_EACH, json.dumps(CHANGES), json.dumps(pairs), out,
-                            devices=8) for pairs in meshes_of.values()]
+  pairs = {name: [(name, ONE), *(pair for pair in EIGHT if pair[0] == name)] for name in CHANGES}
+  both = [runs.start_python(ONE_STEP_EACH, json.dumps(CHANGES), json.dumps(each), out,
+                            devices=8)
+          for each in (pairs['pretrain'] + pairs['sft'], pairs['r1_zero'])]
   for process in both:
     runs.finish(process)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from moe_rl import plan
 from moe_rl.main import load_experiment
 from moe_rl.planner import count, hlo, programs, suggest
 from moe_rl.planner.compile import compile_all, needed_bytes, read_buffers
@@ -50,6 +51,44 @@ def test_a_loop_is_counted_as_often_as_it_goes_round():
   (c, n), = total.collectives.items()
   assert (c.kind, n, c.groups) == ('all-reduce', 5, ((0, 2, 4, 6), (1, 3, 5, 7)))
   assert total.received == 5 * 2 * 64 * 3 / 4
+
+
+def test_every_collective_counts_once_where_it_stands_or_is_offloaded_to():
+  """Two of shard_map, which share channel 1; one that two fusions have written in each; one on the SparseCores."""
+  work = count.count(hlo.parse("""HloModule m, num_partitions=4
+%fused.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} all-reduce(%p), channel_id=7, to_apply=%sum
+}
+%fused.2 (p2: f32[8]) -> f32[8] {
+  %p2 = f32[8]{0} parameter(0)
+  ROOT %a2 = f32[8]{0} all-reduce(%p2), channel_id=7, to_apply=%sum
+}
+%called.1 (p3: f32[8]) -> f32[32] {
+  %p3 = f32[8]{0} parameter(0)
+  ROOT %g = f32[32]{0} all-gather(%p3), channel_id=9, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async.1 (p4: f32[8]) -> f32[32] {
+  %p4 = f32[8]{0} parameter(0)
+  ROOT %c = f32[32]{0} custom-call(%p4), custom_call_target="offload", called_computations={%called.1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} all-to-all(%x), channel_id=1, dimensions={0}
+  %z = f32[8]{0} all-to-all(%y), channel_id=1, dimensions={0}
+  %u = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused.1
+  %v = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused.2
+  %s = ((f32[8]{0}), f32[32]{0}) async-start(%z), async_execution_thread="sparsecore", calls=%async.1
+  ROOT %d = f32[32]{0} async-done(%s)
+}
+""")).total()
+  kinds = {}
+  for c, n in work.collectives.items():
+    kinds[c.kind] = kinds.get(c.kind, 0) + n
+  assert kinds == {'all-to-all': 2, 'all-reduce': 1, 'all-gather': 1}
+  assert work.received == 2 * 32 * 3 / 4 + 2 * 32 * 3 / 4 + 128 * 3 / 4
 
 
 @pytest.mark.parametrize('text, wanted', [
@@ -169,6 +208,23 @@ def test_the_command_refuses(arguments, wanted):
   done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
+
+
+@needs_libtpu
+def test_a_step_of_671b_with_fewer_layers_fits_and_sends_a_token_once_to_each_of_four_devices():
+  """V3's widths on 512 chips, one dense layer and one of experts, 4 x 4,096 tokens a chip."""
+  config, topology = load_experiment('experiments/pretrain.py', 'v3_671b@v5p:8x8x8'), parse('v5p:8x8x8')
+  config.model.update(dict(layers=2, dense_layers=1, mtp_layers=0))
+  made = plan.plan(config, topology, only=['pretrain update'], patience=1.0)
+  update, = made['programs']
+  assert made['fits'] and 5 * 2**30 < update['peak_bytes'] < 60 * 2**30
+  # There and back forward; twice there and once back backward; gates and picks beside them in rows of 256 numbers.
+  sent = 4 * 4096 * 4 * 2 * 7 / 8
+  exchanged = update['collectives']['ragged-all-to-all']
+  assert exchanged['count'] == 8 and exchanged['received'] == sent * (5 * 7168 + 3 * 256)
+  # One step of 2,048 rows: what is computed above the model's own FLOPs is a second forward pass of attention and dense
+  # layers, and places of the experts' buffers that an even load leaves empty.
+  assert 1.0 < update['flops'] * topology.devices / update['useful_flops'] < 1.4
 
 
 def plan_command(*arguments: str, before: str = '') -> subprocess.CompletedProcess:

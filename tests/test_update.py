@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import EOS, assert_trees_close, favouring, tiny_model, tiny_variables
 
 from moe_rl.config import base_config
 from moe_rl.models.transformer import Transformer
 from moe_rl.rl import grpo
-from moe_rl.rl.batch import pack
+from moe_rl.rl.batch import one_a_group, pack
 from moe_rl.rl.sampler import Rollout, make_sampler
 from moe_rl.rl.update import make_grpo_update, make_scoring, score
 from moe_rl.runtime.keys import key_for
+from moe_rl.runtime.mesh import HOST_MEMORY, one_device_mesh
 from moe_rl.runtime.state import TrainState
 
 MODEL = tiny_model(layers=2, dense_layers=0)  # the update is what compiles longest: MoE layers only
@@ -50,6 +52,23 @@ def rollouts(draw):
     prompt_BxP=prompts.astype(np.int32), prompt_length_B=prompt, response_BxGxS=response.astype(np.int32),
     logp_BxGxS=np.where(response > 0, -response / 128, 0).astype(np.float32), length_BxG=length,
     stopped_BxG=length < 8, problem_B=np.arange(batch, dtype=np.int32))
+
+
+def test_minibatches_of_samples_have_some_of_every_prompt_whoever_holds_it():
+  """Parts of two hosts, who have every other prompt, are together the parts of one."""
+  batch, group, parts = 4, 6, 3
+  ids = np.arange(batch * group, dtype=np.int32).reshape(batch, group)
+  whole = Rollout(prompt_BxP=ids[:, :2], prompt_length_B=ids[:, 0], response_BxGxS=ids[..., None], logp_BxGxS=None,
+                  length_BxG=ids, stopped_BxG=ids > 0, problem_B=np.arange(batch, dtype=np.int32))
+  one = one_a_group(whole)
+  np.testing.assert_array_equal(one.length_BxG // group, one.problem_B[:, None])
+  np.testing.assert_array_equal(one.prompt_BxP, whole.prompt_BxP[one.problem_B])
+  np.testing.assert_array_equal(one.length_BxG, ids.T.reshape(-1, 1))  # as `learn` turns advantages and weights
+  hosts = [one_a_group(jax.tree.map(lambda x, i=i: x[i::2], whole)) for i in range(2)]
+  for part, *own in zip(*(np.split(r.length_BxG, parts) for r in (one, *hosts)), strict=True):
+    assert (np.bincount(part[:, 0] // group) == group // parts).all()
+    for i in range(2):
+      np.testing.assert_array_equal(part[i::2], own[i])
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
@@ -262,6 +281,22 @@ def test_accumulation_and_packing_change_no_gradient_and_no_metric(row_tokens, m
   # The same float32 terms in another order, through other forms of the expert layer (few tokens take the dense one).
   assert_trees_close(gradient, whole, rtol=1e-5)
   assert_metrics_close(metrics, numbers)
+
+
+def test_a_reference_in_host_memory_changes_no_bit_and_stays_there():
+  placed = jax.tree.map(lambda x: x.sharding, fresh().params)
+  far = jax.tree.map(lambda s: NamedSharding(one_device_mesh(), PartitionSpec(), memory_kind=HOST_MEMORY), placed)
+  near = jax.tree.map(lambda s: s.with_memory_kind('device'), far)
+  state, other = fresh(), fresh()
+  other = jax.device_put(other, NamedSharding(one_device_mesh(), PartitionSpec()))
+  other = other.replace(reference=jax.device_put(other.reference, far))
+  host = make_grpo_update(Transformer(MODEL), OPTIMIZER, rl_config(reference_memory='host'), SAMPLING, near)
+  batch, used = packed_batch(rollout())
+  (wanted, numbers), (got, metrics) = (
+    update()(state, batch, used), jax.jit(host, donate_argnums=0)(other, batch, used))
+  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+  assert jax.device_get(metrics) == jax.device_get(numbers)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(got.reference)} == {HOST_MEMORY}
 
 
 def test_all_metrics_are_there_and_finite():

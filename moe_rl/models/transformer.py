@@ -3,6 +3,7 @@
 Attention is latent or grouped, the feed-forward sparse or dense, the head its own or the embedding: as the config says.
 """
 
+import dataclasses
 import functools
 
 import flax
@@ -45,7 +46,8 @@ class Block(nn.Module):
     self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
     self.attention = {'mla': MLA, 'gqa': GQA}[c.attention](c, self.layout)
     self.ff_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.ff = MoE(c, self.layout) if self.moe else SwiGLU(c, c.dense_ff, self.layout)
+    routed = dataclasses.replace(self.layout, routing=(c.groups, c.kept_groups)) if self.layout else None
+    self.ff = MoE(c, routed) if self.moe else SwiGLU(c, c.dense_ff, self.layout)
 
   def __call__(self, x, positions, segments, with_cells):
     attended, cells = self.attention(self.attention_norm(x), positions, segments)

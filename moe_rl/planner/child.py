@@ -16,7 +16,8 @@ from moe_rl.planner import topologies
 
 MEMORY = {  # what a program needs, by kind: fields of the compiler's CompiledMemoryStats
   'arguments': 'argument_size_in_bytes', 'outputs': 'output_size_in_bytes', 'aliased': 'alias_size_in_bytes',
-  'temporaries': 'temp_size_in_bytes', 'code': 'generated_code_size_in_bytes', 'host': 'host_temp_size_in_bytes'}
+  'temporaries': 'temp_size_in_bytes', 'code': 'generated_code_size_in_bytes'}
+HOST = ('host_argument_size_in_bytes', 'host_temp_size_in_bytes')  # what it keeps in its host's memory
 
 
 def main(path: str):
@@ -55,6 +56,7 @@ def one(n: int, program, made, dump: pathlib.Path, tell) -> dict:
   done['seconds'] = time.time() - started
   stats = compiled.memory_analysis()
   done['memory'] = {k: getattr(stats, field, 0) for k, field in MEMORY.items()}
+  done['memory']['host'] = sum(getattr(stats, field, 0) for field in HOST)
   try:
     told = compiled.cost_analysis() or {}
     done['compiler'] = {k: told[k] for k in ('flops', 'bytes accessed', 'optimal_seconds') if k in told}
@@ -66,10 +68,13 @@ def one(n: int, program, made, dump: pathlib.Path, tell) -> dict:
 def resident(program, state) -> float:
   """Bytes a device of the run's state that lie in HBM while the program runs and are none of its arguments."""
   import jax
+
+  from moe_rl.runtime.mesh import HOST_MEMORY
   if state is None or program.name == 'init':  # which makes the state
     return 0.0
   own = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
-  return float(sum(shard_bytes(leaf) for leaf in jax.tree.leaves(state) if id(leaf) not in own))
+  return float(sum(shard_bytes(leaf) for leaf in jax.tree.leaves(state)
+                   if id(leaf) not in own and leaf.sharding.memory_kind != HOST_MEMORY))
 
 
 def shard_bytes(leaf) -> int:

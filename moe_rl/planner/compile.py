@@ -20,6 +20,8 @@ import time
 
 from moe_rl.planner.topologies import GIB, Topology, require_libtpu
 
+HOST_MEMORY = 5  # its number in the compiler's dump
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -201,9 +203,13 @@ def read_buffers(text: str) -> dict[str, float]:
   memory = dict.fromkeys(('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'), 0.0)
   for line in text.splitlines():
     found = re.match(r'allocation \d+: size (\d+),(.*)', line)
-    if not found or re.search(r'color [1-9]|thread-local', found.group(2)):  # other memories; views into callers' own
+    if not found:
       continue
     size, rest = float(found.group(1)), found.group(2)
+    if re.search(rf'color {HOST_MEMORY}\b', rest) and 'thread-local' not in rest:
+      memory['host'] += size
+    if re.search(r'color [1-9]|thread-local', rest):  # other memories; views into callers' own
+      continue
     parameter, out = re.search(r'\bparameter \d', rest), 'live-out' in rest or 'output shape' in rest
     memory['arguments'] += size * bool(parameter)
     memory['outputs'] += size * out

@@ -129,21 +129,24 @@ class Counting:
       elif i.opcode == 'call' or i.opcode.endswith('-start') and i.called('calls'):
         called = self.module.computations[i.called('calls') or i.called('to_apply')]
         work.add(self.computation(Scope(self.module, called)))
+      elif offloaded := self.module.computations.get(_braces(i.attributes, 'called_computations').lstrip('%')):
+        work.add(self.computation(Scope(self.module, offloaded)))  # to the SparseCores: gathers, collectives
       else:
         self.single(scope.computation, i, work, seen)
     return work
 
   def single(self, computation: Computation, i: Instruction, work: Work, seen: set):
-    """Adds one operation's work. seen: channels counted in this computation, as a collective that is fused with several
-    others for overlap may be written in each of them."""
+    """Adds one operation's work. seen: channels of fused collectives counted in this computation, as one that is fused
+    with several others for overlap may be written in each of them. Channel 1 names none: all of shard_map have it."""
     work.flops += self.flops(computation, i)
     work.hbm += self.traffic(computation, i)
     for inner_of, c in self.collectives(computation, i):
       channel = re.search(r'channel_id=(\d+)', c.attributes)
-      key = channel.group(1) if channel else c.name
-      if key not in seen:
-        seen.add(key)
-        work.collectives[collective(inner_of, c, self.module.devices)] += 1
+      if inner_of is not computation and channel and channel.group(1) != '1':
+        if channel.group(1) in seen:
+          continue
+        seen.add(channel.group(1))
+      work.collectives[collective(inner_of, c, self.module.devices)] += 1
 
   def collectives(self, computation: Computation, i: Instruction):
     """(computation, instruction) of the collectives that an operation is or has fused into it."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_rl import config as configs
 from moe_rl.models.checkpoints import open_checkpoint
+from moe_rl.models.expert_parallel import EVEN_PARTS
 from moe_rl.planner import count, hlo
 from moe_rl.planner.compile import Compilation, Compiled
 from moe_rl.planner.cost import Network, Seconds
@@ -16,7 +17,7 @@ from moe_rl.planner.topologies import Topology
 from moe_rl.refusals import refuse
 from moe_rl.rl.objectives import chosen
 from moe_rl.runtime import costs
-from moe_rl.runtime.programs import DECODING, EXCHANGES, MICROBATCHES
+from moe_rl.runtime.programs import DECODING, EXCHANGES, MICROBATCHES, PARTS
 
 R1_TRACE_TOKENS = 4.3e9  # 804,745 traces of 5,355 tokens (arXiv:2501.12948v2, supplement, table 5)
 R1_PAIRS = 66_000  # helpfulness, arXiv:2501.12948v2, supplement
@@ -114,8 +115,8 @@ def steps_of(config) -> int:
 
 
 def rounds_of(model, **others: float) -> dict[str, float]:
-  """Rounds by name: those given, and of the exchange with experts the one that a balanced load takes."""
-  return {**others, **({EXCHANGES: 1.0} if model.moe_layers else {})}
+  """Rounds by name: those given, and of the exchange with experts what a balanced load takes."""
+  return {**others, **({EXCHANGES: 1.0, PARTS: float(EVEN_PARTS)} if model.moe_layers else {})}
 
 
 def balance(model) -> list[str]:
@@ -129,7 +130,7 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
          f'--mean-tokens={mean:g}: must be 1 to config.sampling.max_new_tokens ({s.max_new_tokens})')
   reference = chosen(r).kl_weight > 0
   whole, evaluated = r.prompts_per_step, configs.eval_prompts_per_batch(config)
-  updates, most = r.minibatches * r.epochs, r.prompts_per_step // r.minibatches * r.group_size
+  updates, most = r.minibatches * r.epochs, r.prompts_per_step * r.group_size // r.minibatches
   microbatches = min(math.ceil(most * (s.max_prompt_tokens + mean) / (r.row_tokens * r.microbatch_rows)),
                      -(-most // r.microbatch_rows))
 

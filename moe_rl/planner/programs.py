@@ -66,13 +66,25 @@ def check(config, devices: int) -> tuple[dict, object]:
   return sizes, config
 
 
+def not_by_hosts(config, topology) -> list[str]:
+  """Why the slice's hosts would not run this, if so; config: as `check` returns it. A plan needs no hosts."""
+  from moe_rl import config as configs
+  from moe_rl import validation
+  from moe_rl.runtime.mesh import rows_over
+  try:
+    validation.check_hosts(config, rows_over(configs.mesh_sizes(config, topology.devices)), topology.hosts)
+  except ValueError as e:
+    return [f'more than its {topology.hosts:,} hosts can do today, each with prompts and rows of its own: {e}']
+  return []
+
+
 def make(topology, config: dict) -> Made:
   """config: as a plain dict, from `for_planning`. Called where programs are compiled."""
   from moe_rl.planner.estimate import steps_of
-  from moe_rl.runtime.mesh import AXES, make_mesh
+  from moe_rl.runtime.mesh import make_mesh
   from moe_rl.stages import pretrain, reward_model, rl, sft
   sizes, config = check(ml_collections.ConfigDict(config), topology.devices)
-  mesh = make_mesh(sizes, topologies.order(topology, tuple(sizes[a] for a in AXES)))
+  mesh = make_mesh(sizes, topologies.devices(topology))
   made = {'pretrain': lambda: pretrain.Pretraining(config, mesh), 'rl': lambda: rl.RL(config, mesh, Ending()),
           'sft': lambda: sft.SFT(config, mesh, steps_of(config)),
           'reward_model': lambda: reward_model.RewardModelling(config, mesh, steps_of(config))}

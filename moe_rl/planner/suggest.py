@@ -74,7 +74,7 @@ def state_shapes(config) -> tuple:
   from moe_rl.runtime.state import make_optimizer, make_state
   model = dataclasses.replace(configs.model_config(config), mtp_layers=0) if config.stage == 'rl' else (
     configs.model_config(config))
-  reference = config.stage == 'rl' and chosen(config.rl).kl_weight > 0
+  reference = config.stage == 'rl' and chosen(config.rl).kl_weight > 0 and config.rl.reference_memory == 'device'
   state = jax.eval_shape(
     lambda: make_state(model, make_optimizer(config, config[config.stage].steps), jax.random.key(0), reference))
   if config.stage != 'rl':

@@ -14,6 +14,8 @@ import itertools
 import math
 import os
 
+from moe_rl.runtime import torus
+
 GIB = 2**30
 PLATFORM = 'tpu'
 # Shapes on sale, for messages and suggestions (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). Others work.
@@ -82,16 +84,14 @@ class Topology:
     return self.chips * self.generation.devices
 
   @property
-  def wraps(self) -> tuple[bool, ...]:
-    """Whether the chips of each dimension form a ring.
+  def hosts(self) -> int:
+    """Machines, a process each: of 4 chips, or of 8 where that is a whole 2D slice."""
+    return 1 if self.generation.dimensions == 2 and self.chips <= 8 else max(1, self.chips // 4)
 
-    3D generations are built of 4x4x4 cubes, and optical switches close the rings of slices that are whole cubes; 2D
-    ones
-    are wired as a ring along a full side of 16 only (scaling book, as above).
-    """
-    if self.generation.dimensions == 3:
-      return (all(n % 4 == 0 for n in self.shape),) * 3
-    return tuple(n == 16 for n in self.shape)
+  @property
+  def wraps(self) -> tuple[bool, ...]:
+    """Whether the chips of each dimension form a ring."""
+    return torus.wraps(self.shape)
 
 
 def parse(text: str) -> Topology:
@@ -146,20 +146,8 @@ def require_libtpu():
 
 
 def order(topology: Topology, sizes: tuple[int, ...]):
-  """The devices as an array of `sizes` that follows the torus: what a mesh axis spans is a line, plane or box of chips.
-
-  So a ring over an axis has neighbours beside each other. Falls back to the order of the devices where no such
-  assignment of the torus' dimensions exists.
-  """
-  import numpy as np
-  from jax.experimental import mesh_utils
-  ds = devices(topology)
-  if topology.chips == 1 or math.prod(sizes) != len(ds):
-    return np.asarray(ds).reshape(sizes)
-  try:
-    return mesh_utils.create_device_mesh(sizes, ds, allow_split_physical_axes=True)
-  except (NotImplementedError, ValueError, AssertionError):
-    return np.asarray(ds).reshape(sizes)
+  """The devices as an array of `sizes`, in the order that a run takes them in too (`runtime.torus`)."""
+  return torus.arranged(devices(topology), sizes)
 
 
 def place(device, topology: Topology) -> tuple[int, ...]:

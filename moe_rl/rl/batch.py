@@ -1,5 +1,7 @@
 """From rollouts to packed rows: several samples a row, isolated by segments, so that little of an update is padding."""
 
+import dataclasses
+
 import flax
 import jax
 import numpy as np
@@ -27,6 +29,20 @@ class PackedBatch:
   logp: jax.Array
   picks: jax.Array | None = None
   importance: jax.Array | None = None
+
+
+def one_a_group(rollout: Rollout) -> Rollout:
+  """Every sample as a group of its own, the first of each prompt, then the second of each …; of numpy arrays.
+
+  So a rollout cut into equal parts has samples of all prompts in each, and each host its own prompts'.
+  """
+  group = rollout.length_BxG.shape[1]
+
+  def alone(name: str, x):
+    if x is None:
+      return None
+    return x.swapaxes(0, 1).reshape(-1, 1, *x.shape[2:]) if 'BxG' in name else np.concatenate([x] * group)
+  return Rollout(**{f.name: alone(f.name, getattr(rollout, f.name)) for f in dataclasses.fields(rollout)})
 
 
 def pack(rollout: Rollout, advantage_BxG, weight_BxG, *, row_tokens: int, microbatch_rows: int):

@@ -60,12 +60,13 @@ def make_scoring(net: Transformer, c, sampling: dict):
   return scoring
 
 
-def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict):
+def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict, placed=None):
   """(state, batch, microbatches in use) -> (state, metrics): one optimizer step; c is config.rl.
 
   Loss = sum_t weight_t (policy_t + kl_weight KL_t), both as the objective has them. Only microbatches in use are
   computed, by a loop whose length is data, so that shapes never change. sampling: temperature, top_k, top_p of the
   rollout. Replayed picks are the policy's alone: the reference goes its own ways, as that is the policy it stands for.
+  placed: shardings of the weights, to which a reference in host memory is brought for each of its forward passes.
   The router bias (rate c.bias_rate, 0: frozen) moves by the loads seen here, replayed ones included; where picks are
   replayed it acts in the sampler only.
   """
@@ -75,7 +76,8 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
     logp, entropy, load = score(net, {'params': params, 'router': state.router}, batch, sampling)
     reference = None
     if objective.kl_weight:
-      reference, _, _ = score(net, {'params': state.reference, 'router': state.router},
+      weights = jax.device_put(state.reference, placed) if c.reference_memory == 'host' else state.reference
+      reference, _, _ = score(net, {'params': weights, 'router': state.router},
                               batch.replace(picks=None), sampling)
     loss, sums = grpo.loss(objective, logp, reference, batch)
     token = (batch.weight > 0).astype(jnp.float32)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_rl.runtime import torus
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 
@@ -37,10 +38,14 @@ TABLES = {'training': TRAINING, 'sampling': SAMPLING}
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A mesh and the name of a table: all that a model has to know of the machine. It changes no number but by rounding.
+
+  routing: (groups, kept): a token's experts lie in `kept` of `groups` equal parts of them; what the model knows, and
+  what says how few devices a token has to go to.
   """
 
   mesh: Mesh
   table: str = 'training'
+  routing: tuple[int, int] = (1, 1)
 
   @property
   def rules(self) -> dict[str, tuple[str, ...]]:
@@ -67,9 +72,9 @@ class Layout:
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-  """A mesh of all devices (or the given ones) with axes `AXES`; sizes as `config.mesh_sizes` gives them."""
-  devices = np.asarray(jax.devices() if devices is None else devices)
-  return Mesh(devices.reshape([sizes[a] for a in AXES]), AXES)
+  """A mesh of all devices (or the given ones) with axes `AXES`; sizes as `config.mesh_sizes` gives them. On a TPU slice
+  the devices of an axis are neighbours (`torus.arranged`)."""
+  return Mesh(torus.arranged(jax.devices() if devices is None else list(devices), tuple(sizes[a] for a in AXES)), AXES)
 
 
 def one_device_mesh() -> Mesh:
@@ -103,6 +108,22 @@ def shardings(boxed, mesh: Mesh, rules=None):
 def abstract(shapes, placed):
   """Trees of shapes and of shardings as one tree of ShapeDtypeStruct: what programs are compiled from."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+MEMORIES = ('device', 'host')
+HOST_MEMORY = 'pinned_host'  # of each device's host, which the device reads and writes by itself
+
+
+def in_host_memory(placed):
+  """A tree of shardings -> the same, in host memory. Raises ValueError where the devices reach none."""
+  def one(s: NamedSharding) -> NamedSharding:
+    try:
+      return s.with_memory_kind(HOST_MEMORY)
+    except ValueError as e:
+      platform = s.mesh.devices.flat[0].platform
+      raise ValueError(f"config.rl.reference_memory 'host': the {platform} devices of this jax {jax.__version__} reach "
+                       f"no memory of kind '{HOST_MEMORY}': set it to 'device'") from e
+  return jax.tree.map(one, placed)
 
 
 def rows_over(sizes: Mapping[str, int]) -> int:

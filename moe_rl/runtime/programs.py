@@ -10,7 +10,8 @@ from collections.abc import Callable
 DECODING = 'decode'  # a token of every response a round
 MICROBATCHES = 'microbatches'  # of an update
 EXCHANGES = 'exchanges'  # of tokens with the experts' devices; further rounds are for what overflows a buffer
-LOOPS = (DECODING, MICROBATCHES, EXCHANGES)
+PARTS = 'parts'  # of what a round has brought
+LOOPS = (DECODING, MICROBATCHES, EXCHANGES, PARTS)
 
 
 @dataclasses.dataclass(frozen=True)

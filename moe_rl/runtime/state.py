@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from moe_rl.models import transformer
 from moe_rl.models.config import ModelConfig
@@ -74,10 +75,15 @@ def make_state(model: ModelConfig, optimizer, key: jax.Array, reference: bool) -
                     jax.tree.map(jnp.copy, params) if reference else {})
 
 
-def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool):
-  """(state of ShapeDtypeStruct, state of NamedSharding): what a program over the state is compiled from."""
+def abstract_state(model: ModelConfig, optimizer, mesh, reference: bool, reference_memory: str = 'device'):
+  """(state of ShapeDtypeStruct, state of NamedSharding): what a program over the state is compiled from.
+
+  reference_memory: one of `mesh.MEMORIES`. Raises ValueError where the devices' host has none that they reach.
+  """
   boxed = jax.eval_shape(lambda: make_state(model, optimizer, jax.random.key(0), reference))
   shardings = meshes.shardings(boxed, mesh)
+  if reference_memory == 'host':
+    shardings = shardings.replace(reference=meshes.in_host_memory(shardings.reference))
   return meshes.abstract(nn.unbox(boxed), shardings), shardings
 
 
@@ -117,10 +123,12 @@ def make_adopt(optimizer, shardings: TrainState, reference: bool):
                  out_shardings=(shardings.step, shardings.opt_state, shardings.reference))
 
 
-def copied(tree):
-  """The arrays again, in memory of their own and placed alike. Compiles nothing, at whatever step it comes: shard by
-  shard, as jax compiles the copy of an array on several devices."""
-  def copy(x):
-    shards = [jax.device_put(s.data, s.device, may_alias=False) for s in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
-  return jax.tree.map(copy, tree)
+def copied(tree, like):
+  """The arrays again, in memory of their own, of the kind that those of `like` have, which are cut alike. Compiles
+  nothing, at whatever step it comes: shard by shard, as jax compiles the copy of an array on several devices."""
+  def copy(x, y):
+    kind = y.sharding.memory_kind
+    shards = [jax.device_put(s.data, SingleDeviceSharding(s.device, memory_kind=kind), may_alias=False)
+              for s in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, y.sharding, shards)
+  return jax.tree.map(copy, tree, like)

@@ -19,7 +19,7 @@ from moe_rl.data.prompts import load_general, load_prompts
 from moe_rl.data.tokenizer import load_tokenizer
 from moe_rl.models.transformer import Transformer
 from moe_rl.rl import grpo, objectives
-from moe_rl.rl.batch import PackedBatch, pack
+from moe_rl.rl.batch import PackedBatch, one_a_group, pack
 from moe_rl.rl.rewards import terms
 from moe_rl.rl.rewards.model import RewardModel
 from moe_rl.rl.rewards.pool import RewardPool, count_verdicts
@@ -55,7 +55,8 @@ class RL:
     self.objective = objectives.chosen(r)
     self.reference = self.objective.kl_weight > 0
     self.optimizer = make_optimizer(config, r.steps * r.minibatches * r.epochs)
-    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference)
+    start = Start(config, self.model, self.optimizer, mesh, reference=self.reference,
+                  reference_memory=r.reference_memory)
     self.start, self.init, self.abstract, self.shardings = start, start.init, start.abstract, start.shardings
     whole = meshes.everywhere(mesh)
     self.sampling = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
@@ -76,7 +77,7 @@ class RL:
       make_scoring(net, r, self.sampling), in_shardings=(trained, by_microbatch, whole),
       out_shardings=(by_microbatch, whole))
     self.update = jax.jit(
-      make_grpo_update(net, self.optimizer, r, self.sampling), donate_argnums=0,
+      make_grpo_update(net, self.optimizer, r, self.sampling, self.shardings.params), donate_argnums=0,
       in_shardings=(self.shardings, by_microbatch, whole), out_shardings=(self.shardings, whole))
 
   def sample(self, variables, *prompts):
@@ -95,7 +96,7 @@ class RL:
 
     def sampled(prompts):
       return sampler_arguments(self.sampler_variables, self.mesh, prompts, s.max_prompt_tokens)
-    samples = r.prompts_per_step // r.minibatches * r.group_size
+    samples = r.prompts_per_step * r.group_size // r.minibatches
     shape = (-(-samples // r.microbatch_rows), r.microbatch_rows, r.row_tokens)
     ints, floats = (array(shape, d, leading=1) for d in (jnp.int32, jnp.float32))
     picks = array((*shape, self.model.moe_layers, self.model.top_k), jnp.int16, leading=1)
@@ -127,10 +128,12 @@ class RL:
     # Baselines and means are over the samples of all hosts.
     reward, length, kept = hosts.gather_rows([reward_BxG, rollout.length_BxG, kept])
     advantage = hosts.mine(grpo.advantages(o.advantage, reward, length * kept))
-    own, every = (np.split(np.arange(len(x)), r.minibatches) for x in (reward_BxG, reward))
+    if r.minibatch_of == 'samples':
+      rollout, (advantage, length, kept) = one_a_group(rollout), (x.T.reshape(-1, 1) for x in (advantage, length, kept))
+    own, every = (np.split(np.arange(len(x)), r.minibatches) for x in (advantage, length))
 
     def packed(i) -> tuple[PackedBatch, np.int32]:
-      part, shape = every[i], (len(every[i]), r.group_size)
+      part, shape = every[i], length[every[i]].shape
       weight = grpo.token_weights(length[part].reshape(-1), o.loss_denominator,
                                   self.config.sampling.max_new_tokens, kept[part].reshape(-1))
       batch, used = pack(jax.tree.map(lambda x: x[own[i]], rollout), advantage[own[i]],
@@ -302,7 +305,8 @@ def run(config, workdir, mesh) -> dict:
       rollout, reward, tied = every.rollout, every.reward, grpo.tied_groups(every.reward)
       chosen = grpo.fill(tied, r.prompts_per_step)
       with clock('update'):
-        learnt_from = hosts.deal([groups.rollout, groups.reward, groups.readable], chosen, r.minibatches)
+        parts = 1 if r.minibatch_of == 'samples' else r.minibatches
+        learnt_from = hosts.deal([groups.rollout, groups.reward, groups.readable], chosen, parts)
         state, metrics = stage.learn(state, *learnt_from)
         for key, metric in (('sampler_trainer_gap', 'sampler_gap'), ('sampler_trainer_gap_mean', 'sampler_gap_mean')):
           host[key] = max(host[key], float(metrics[metric]))  # of any one token; of a step's mean over tokens
@@ -311,7 +315,7 @@ def run(config, workdir, mesh) -> dict:
         raise FloatingPointError(f'step {step}: the loss is {metrics["loss"]}; the newest checkpoint in {folder.path} '
                                  'is whole. Lower optim.lr and start again in another workdir')
       if stage.reference and r.reference_every and step % r.reference_every == 0:
-        state = state.replace(reference=copied(state.params))
+        state = state.replace(reference=copied(state.params, state.reference))
 
       verdicts = hosts.total(count_verdicts(groups.grades))
       host['verdicts'] = {k: host['verdicts'].get(k, 0) + v for k, v in verdicts.items()}

@@ -22,9 +22,10 @@ class Start:
   free: fields of the model in which the weights of config.init_from may differ on purpose.
   """
 
-  def __init__(self, config, model: ModelConfig, optimizer, mesh, reference: bool, free: tuple[str, ...] = ()):
+  def __init__(self, config, model: ModelConfig, optimizer, mesh, reference: bool, free: tuple[str, ...] = (),
+               reference_memory: str = 'device'):
     self.init_from, self.model, self.free = config.init_from, model, free
-    self.abstract, self.shardings = abstract_state(model, optimizer, mesh, reference)
+    self.abstract, self.shardings = abstract_state(model, optimizer, mesh, reference, reference_memory)
     self.init = (make_adopt(optimizer, self.shardings, reference) if config.init_from else
                  make_init(model, optimizer, self.shardings, config.seed, reference))
 
