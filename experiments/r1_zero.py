@@ -18,15 +18,15 @@ it changes is that the policy which samples is newer.
 from moe_rl.config import base_config
 from moe_rl.refusals import refuse
 
+MOMENTS = {'optim.moment_dtype': 'bfloat16'}  # as V3 has them
 # Where a cache of 57 kB a token and the state of a dense model share little memory: short answers, moments as V3 has
 # them, several rows in a microbatch, as weights are gathered once in it, and an evaluation no larger than a rollout.
-MOMENTS = {'optim.moment_dtype': 'bfloat16'}
 TIGHT = {'sampling.max_new_tokens': 2048, 'rl.microbatch_rows': 16, 'eval.problems': 64, 'eval.samples': 16} | MOMENTS
 # Preset -> slice -> (a step's rollout is the paper's over this, what else differs).
 SLICES = {
   'v3_671b': {
     'v5p:8x8x16': (1, {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.expert': 64, 'mesh.tensor': 4} | MOMENTS),
-    # Not planned whole yet: with half the rollout the update took 77.8 GiB, the rollout 3.9 too many; this is a quarter.
+    # With half the rollout, rather than a quarter, sampling is 3.9 GiB over.
     'tpu7x:4x8x8': (4, {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 64, 'mesh.tensor': 4} | MOMENTS),
   },
   'moonlight_16b': {
