@@ -23,7 +23,7 @@ STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'sft': ('optim', 'check
           'evaluate': ('task', 'sampling', 'rewards', 'eval'), 'sample': ('task', 'sampling', 'rewards', 'sample'),
           'reward_model': ('optim', 'checkpoint', 'reward_model'), 'general_data': ('general_data',), 'export': ()}
 # Keys of those sections that a stage does not read, and does not show.
-UNREAD = {'rl': ('sampling.batch_samples',),
+UNREAD = {'rl': ('sampling.batch_samples', 'model.mtp_layers'),
           'evaluate': ('eval.every', 'sampling.temperature', 'sampling.top_k', 'sampling.top_p', 'task.decontaminate'),
           'sample': ('task.eval_path', 'rewards.weights')}
 
@@ -129,7 +129,6 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
   c.rl.general_share = 0.0  # of a step's prompts, where there is task.general_path
   c.rl.general_from = 0  # steps before general prompts are mixed in; R1: 1,300 of 1,700
   c.rl.minibatches = 1  # optimizer updates a rollout
-  c.rl.minibatch_of = 'prompts'  # whole groups; 'samples': as many of each group, for hosts that have few prompts each
   c.rl.epochs = 1  # passes over a rollout
   # Names the settings of the keys that follow and are None; the table is in rl/objectives.py: 'grpo_token', 'grpo',
   # 'grpo_sequence', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'rloo', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline'
@@ -210,7 +209,8 @@ def base_config(preset: str = 'tiny', stage: str = 'rl') -> ml_collections.Confi
     del c[section]
   for key in UNREAD.get(stage, ()):
     section, _, name = key.partition('.')
-    del c[section][name]
+    if name in c[section]:  # a dense model shows no mtp_layers
+      del c[section][name]
   return c
 
 
@@ -304,6 +304,12 @@ def prompts_per_batch(batch_samples: int, samples: int, prompts: int, unit: int)
   of `unit`."""
   most = max(1, batch_samples // samples)
   return max(1, min(most, prompts or most) // unit) * unit
+
+
+def minibatches_of_samples(config, processes: int) -> bool:
+  """Whether a minibatch of RL has some samples of every prompt, and not all of some: for more hosts than the prompts of
+  a minibatch can be dealt out to."""
+  return config.rl.prompts_per_step % (processes * config.rl.minibatches) > 0
 
 
 def mesh_sizes(config, devices: int) -> dict[str, int]:

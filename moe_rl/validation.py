@@ -59,11 +59,10 @@ def check_hosts(config, rows_over: int, processes: int):
          f'must be a multiple of {processes}, so that each has rows of its own: raise one of them')
   if config.stage == 'rl':
     r = config.rl
-    if r.minibatch_of == 'samples':
-      divides('config.rl.prompts_per_step', r.prompts_per_step, 'the processes', processes)
-    else:
+    if r.group_size % r.minibatches:  # else a minibatch may have samples of every prompt
       divides('config.rl.prompts_per_step', r.prompts_per_step, f'{processes} processes x config.rl.minibatches:',
               processes * r.minibatches)
+    divides('config.rl.prompts_per_step', r.prompts_per_step, 'the processes:', processes)
     refuse(general_per_step(config) % processes,
            f'config.rl.general_share {r.general_share} of config.rl.prompts_per_step {r.prompts_per_step} is '
            f'{general_per_step(config)} prompts, which do not divide over {processes} processes: set it to a multiple '
@@ -141,9 +140,7 @@ def _validate_rl(config, model, rows_over):
   choose('config.rl.reference_memory', r.reference_memory, meshes.MEMORIES)
   _validate_general(config)
   refuse(r.group_size < 2, f'config.rl.group_size {r.group_size}: a group needs at least 2 completions to compare')
-  choose('config.rl.minibatch_of', r.minibatch_of, objectives.MINIBATCHES_OF)
-  divided = 'group_size' if r.minibatch_of == 'samples' else 'prompts_per_step'
-  divides(f'config.rl.{divided}', r[divided], 'config.rl.minibatches', r.minibatches)
+  divides('config.rl.prompts_per_step', r.prompts_per_step, 'config.rl.minibatches', r.minibatches)
   divides('config.rl.prompts_per_step', r.prompts_per_step, 'the mesh (data x fsdp x expert)', rows_over)
   divides('config.rl.microbatch_rows', r.microbatch_rows, 'the mesh (data x fsdp x expert)', rows_over)
   length = s.max_prompt_tokens + s.max_new_tokens

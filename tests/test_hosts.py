@@ -19,6 +19,7 @@ import pytest
 import runs
 
 from moe_rl import validation
+from moe_rl.config import minibatches_of_samples
 from moe_rl.runtime import hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # ten starts of the program on hosts: five minutes
@@ -227,7 +228,7 @@ def test_flags_that_name_no_place_are_refused(given, message):
 
 @pytest.mark.parametrize('changes, message', [
   ({'mesh': dict(data=1, tensor=2)}, 'must be a multiple of 2, so that each has rows'),
-  ({'rl': dict(prompts_per_step=24, minibatches=8)}, '24 is not a multiple of 2 processes x config.rl'),
+  ({'rl': dict(prompts_per_step=48, minibatches=16)}, '48 is not a multiple of 2 processes x config.rl'),
   ({'rl': dict(prompts_per_step=16, general_share=0.2), 'task': dict(general_path='x')}, 'a multiple of 0.125')])
 def test_sizes_that_leave_a_process_without_its_share_are_refused(changes, message):
   config = runs.config_of('r1_zero.py', changes)
@@ -236,15 +237,13 @@ def test_sizes_that_leave_a_process_without_its_share_are_refused(changes, messa
     validation.validate(config, 2, 10, processes=2)
 
 
-def test_minibatches_of_samples_leave_many_hosts_their_share():
+def test_more_hosts_than_a_minibatch_has_prompts_share_its_samples():
   config = runs.config_of('r1_zero.py', {'mesh': dict(data=4), 'rl': dict(prompts_per_step=4, group_size=4,
                                                                           minibatches=4)})
-  with pytest.raises(ValueError, match='4 is not a multiple of 4 processes x config.rl.minibatches: 16'):
-    validation.validate(config, 4, 10, processes=4)
-  config.rl.minibatch_of = 'samples'
   validation.validate(config, 4, 10, processes=4)
+  assert minibatches_of_samples(config, 4) and not minibatches_of_samples(config, 1)
   config.rl.group_size = 6
-  with pytest.raises(ValueError, match='config.rl.group_size 6 is not a multiple of config.rl.minibatches'):
+  with pytest.raises(ValueError, match='4 is not a multiple of 4 processes x config.rl.minibatches: 16'):
     validation.validate(config, 4, 10, processes=4)
 
 

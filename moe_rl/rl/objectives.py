@@ -12,7 +12,6 @@ RATIOS = ('token', 'sequence', 'sequence_mean')
 SURROGATES = ('clip', 'weight')
 DENOMINATORS = ('sequence', 'token', 'constant')
 ESTIMATORS = ('k1', 'k2', 'k3')
-MINIBATCHES_OF = ('prompts', 'samples')
 IMPORTANCE = ('none', 'truncate', 'mask', 'mask_sequence')
 
 

@@ -128,7 +128,7 @@ class RL:
     # Baselines and means are over the samples of all hosts.
     reward, length, kept = hosts.gather_rows([reward_BxG, rollout.length_BxG, kept])
     advantage = hosts.mine(grpo.advantages(o.advantage, reward, length * kept))
-    if r.minibatch_of == 'samples':
+    if configs.minibatches_of_samples(self.config, hosts.count()):
       rollout, (advantage, length, kept) = one_a_group(rollout), (x.T.reshape(-1, 1) for x in (advantage, length, kept))
     own, every = (np.split(np.arange(len(x)), r.minibatches) for x in (advantage, length))
 
@@ -305,7 +305,7 @@ def run(config, workdir, mesh) -> dict:
       rollout, reward, tied = every.rollout, every.reward, grpo.tied_groups(every.reward)
       chosen = grpo.fill(tied, r.prompts_per_step)
       with clock('update'):
-        parts = 1 if r.minibatch_of == 'samples' else r.minibatches
+        parts = 1 if configs.minibatches_of_samples(config, hosts.count()) else r.minibatches
         learnt_from = hosts.deal([groups.rollout, groups.reward, groups.readable], chosen, parts)
         state, metrics = stage.learn(state, *learnt_from)
         for key, metric in (('sampler_trainer_gap', 'sampler_gap'), ('sampler_trainer_gap_mean', 'sampler_gap_mean')):
