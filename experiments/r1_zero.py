@@ -1,6 +1,6 @@
 """R1-Zero: GRPO with rule-based rewards from a base, no supervised start (DeepSeek-R1, arXiv:2501.12948, sec. 2.2).
 
-    python -m moe_rl.main --config=experiments/r1_zero.py            # tiny: about 7 minutes on two busy CPU cores
+    python -m moe_rl.main --config=experiments/r1_zero.py            # tiny: about 3 minutes on two CPU cores
     python -m moe_rl.main --config=experiments/r1_zero.py:v3_671b --config.task.name=math --config.task.path=FILE
 
 `tiny` starts from the base in the package and is tuned for two CPU cores. Every other preset has the paper's settings
