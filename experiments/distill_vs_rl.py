@@ -45,4 +45,5 @@ def by_rl(c, init_from: str, steps: int):
   c.sampling.max_new_tokens = 72
   c.optim.lr, c.optim.final_lr, c.optim.warmup_steps = 2.5e-4, 4e-5, 5
   c.optim.beta2, c.optim.clip_norm = 0.99, 0.25
+  c.rl.replay_routing = init_from == 'embedded'  # the student is dense
   c.eval.every, c.eval.problems, c.checkpoint.every = 0, 64, 20  # the list's own evaluations are the larger ones

@@ -64,6 +64,7 @@ def policy(config, name: str, init_from: str, steps: int, rewards: str):
   c.sampling.max_new_tokens = 72
   c.optim.lr, c.optim.final_lr, c.optim.warmup_steps = 2.5e-4, 4e-5, 5
   c.optim.beta2, c.optim.clip_norm = 0.99, 0.25
+  c.rl.replay_routing = True
   c.eval.every, c.eval.problems, c.checkpoint.every = 0, 64, 20  # the list's own evaluations are the larger ones
   return c
 
