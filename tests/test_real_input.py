@@ -30,7 +30,7 @@ def test_r1_zero_runs_on_real_problems_from_a_hub_checkpoint(task, shared_data, 
     'init_from': str(folder), 'tokenizer': str(folder), 'template': 'chat',
     'task': dict(name=task, path=str(train), eval_path=str(test)),
     'sampling': dict(max_prompt_tokens=512, max_new_tokens=16, temperature=0.2),
-    'rl': dict(steps=STEPS, prompts_per_step=4, group_size=2), 'optim': dict(warmup_steps=0),
+    'rl': dict(steps=STEPS, prompts_per_step=4, group_size=2, replay_routing=False), 'optim': dict(warmup_steps=0),
     'rewards': dict(weights='accuracy=1,format=0.1,repetition=1'),
     'eval': dict(every=0, problems=8, samples=1), 'checkpoint': dict(every=0)})
   config.model = own_fields(from_hf_config(json.loads((folder / 'config.json').read_text()), 'config.json'))
