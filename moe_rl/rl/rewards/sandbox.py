@@ -266,7 +266,7 @@ def _make_root() -> None:
     kernel.mount('proc', f'{_ROOT}/proc', 'proc', kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
   except OSError:
     pass  # refused within some containers; programs hardly need it
-  os.mkdir(f'{_ROOT}/tmp')
+  os.makedirs(f'{_ROOT}/tmp', exist_ok=True)  # an interpreter may lie in it
   os.chmod(f'{_ROOT}/tmp', 0o1777)
   os.chroot(_ROOT)
   os.chdir('/tmp')
