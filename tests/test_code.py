@@ -61,7 +61,8 @@ CASES = [
     ('def sum(a, b): return a * b', '["assert sum(3, 4) == 12"]', CORRECT),
     ('class Solution:\n  def add(self, a, b): return a + b', CALLS, CORRECT),
     (f'```bash\npython a.py\n```\nwhich is\n```python\n{ADD}\n```\nand prints\n```\n3\n```', TESTS, CORRECT),
-    # What would pass if the tests ran where the program does.
+]  # fmt: skip
+CHEATS = [  # what would pass if the tests ran where the program does
     ('class E:\n  def __eq__(self, other): return True\ndef add(a, b): return E()', TESTS, WRONG),
     ('class E(int):\n  def __eq__(self, other): return True\ndef add(a, b): return E()', TESTS, WRONG),
     ('import sys, os\nfor line in sys.stdin.read().split():\n  os.write(3, line.encode())\nos._exit(0)', TESTS, WRONG),
@@ -71,9 +72,20 @@ CASES = [
 ]  # fmt: skip
 
 
+def mistaken(graders, cases) -> list:
+  """Cases that get another verdict than theirs."""
+  grades = graders.grade([pool.Item('code', response, reference) for response, reference, _ in cases])
+  return [(*case, g.verdict) for case, g in zip(cases, grades, strict=True) if case[2] != g.verdict]
+
+
 def test_programs_are_told_apart(graders):
-  grades = graders.grade([pool.Item('code', response, reference) for response, reference, _ in CASES])
-  assert [(*case, g.verdict) for case, g in zip(CASES, grades, strict=True) if case[2] != g.verdict] == []
+  assert mistaken(graders, CASES) == []
+
+
+def test_a_program_does_not_grade_itself(graders):
+  if sandbox.level() != 'namespaces':
+    pytest.skip('this machine refuses namespaces: see the docstring of `harness` on what is not held there')
+  assert mistaken(graders, CHEATS) == []
 
 
 def test_a_program_that_runs_out_of_time_costs_its_limit_and_no_worker():
