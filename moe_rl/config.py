@@ -15,7 +15,7 @@ from moe_rl.models.hf_config import from_hf_config
 from moe_rl.refusals import choose, refuse
 
 EVAL_SAMPLES = 512  # at once, about, where RL evaluates
-MICROBATCH_TOKENS = 1024  # a device, where microbatch_rows is left to be derived
+MICROBATCH_TOKENS = 512  # a device, where microbatch_rows is left to be derived
 TRAINING = ('task', 'optim', 'checkpoint')
 # Stage -> the sections that it reads; those that are named nowhere here are read by all.
 STAGES = {'pretrain': (*TRAINING, 'pretrain', 'corpus'), 'sft': ('optim', 'checkpoint', 'sft'),

@@ -142,7 +142,8 @@ def run(init_from: str, ids_path: str, out: str, with_logits: bool, pad_id: int 
   fsdp = math.gcd(model.width, jax.device_count())
   mesh = meshes.make_mesh(dict(data=jax.device_count() // fsdp, fsdp=fsdp, expert=1, tensor=1))
   model, variables = load_model(
-    checkpoint, mesh=mesh, compute_dtype=dtype, param_dtype=dtype, remat='none', mtp_layers=0)
+    checkpoint, mesh=mesh, compute_dtype=dtype, param_dtype=dtype, remat='none', mtp_layers=0,
+    max_length=max(model.max_length, ids.shape[1]))
   rows, length = ids.shape
   shapes = {'logits': (rows, length, model.vocab_size)} if with_logits else {}
   shapes['logprobs'] = (rows, length - 1)

@@ -13,7 +13,7 @@ from tiny import AS_IN_A_RUN
 from moe_rl.models.attend import QUERY_BLOCK, attend
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import Yarn, preset, yarn_magnitude
-from moe_rl.models.rope import frequencies, rotate, yarn_range
+from moe_rl.models.rope import TABLE, frequencies, rotate, yarn_range
 from moe_rl.models.transformer import Transformer, init
 
 MINIATURE = dict(vocab_size=64, width=32, dense_ff=48, heads=2, kv_lora=16, nope_dim=8, rope_dim=8, v_dim=8,
@@ -248,7 +248,7 @@ def test_yarn_magnitudes_are_the_published_ones():
 @pytest.mark.parametrize('yarn, magnitude', [(None, 1.0), (Yarn(), 1.0), (
     UNEQUAL_YARN, (1 + 0.1 * np.log(8)) / (1 + 0.05 * np.log(8)))])
 def test_rotation_keeps_norms_up_to_yarns_magnitude(yarn, magnitude):
-  config, rng = preset('tiny', rope_dim=8, yarn=yarn), np.random.default_rng(0)
+  config, rng = preset('tiny', rope_dim=8, yarn=yarn, max_length=100_000), np.random.default_rng(0)
   x = rng.normal(size=(3, 5, 2, 8)).astype(np.float32)
   positions = rng.integers(0, 100_000, (3, 5)).astype(np.int32)
   norms = np.linalg.norm(rotate(x, positions, config), axis=-1)
@@ -257,8 +257,20 @@ def test_rotation_keeps_norms_up_to_yarns_magnitude(yarn, magnitude):
 
 
 @pytest.mark.parametrize('yarn', [None, UNEQUAL_YARN])
+def test_looked_up_rotations_are_the_computed_ones(yarn):
+  few = preset('tiny', yarn=yarn, max_length=TABLE)
+  many = dataclasses.replace(few, max_length=TABLE + 1)
+  x = np.random.default_rng(0).normal(size=(2, TABLE // 2, 3, few.rope_dim)).astype(np.float32)
+  positions = np.arange(TABLE, dtype=np.int32).reshape(2, -1)
+  # XLA's and numpy's cosines of the same float32 angle differ by an ulp or two of 1.
+  np.testing.assert_allclose(rotate(x, positions, few), rotate(x, positions, many), rtol=0, atol=2e-6)
+  beyond = rotate(x[:1, :2], jnp.array([[TABLE - 1, TABLE]]), few)
+  assert np.isfinite(beyond[0, 0]).all() and np.isnan(beyond[0, 1]).all()
+
+
+@pytest.mark.parametrize('yarn', [None, UNEQUAL_YARN])
 def test_scores_depend_on_the_difference_of_positions_only(yarn):
-  config, rng = preset('tiny', rope_dim=8, yarn=yarn), np.random.default_rng(1)
+  config, rng = preset('tiny', rope_dim=8, yarn=yarn, max_length=4096), np.random.default_rng(1)
   query, key = rng.normal(size=(2, 1, 8)).astype(np.float32)
 
   def score(at_query, at_key):

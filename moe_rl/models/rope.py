@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_rl.models.config import Llama3Rope, ModelConfig, Yarn, yarn_magnitude
 
+TABLE = 1024  # positions at most that are looked up
+
 
 def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
   """First and last pair of the ramp: below `low` frequencies stay, from `high` on they are divided.
@@ -41,6 +43,25 @@ def frequencies(config: ModelConfig) -> np.ndarray:
   return frequency.astype(np.float32)
 
 
+def cos_sin(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of position * frequency_i, times YaRN's magnitude: float32 [..., R/2] each.
+
+  A model of few positions looks them up, and those beyond its max_length are NaN: XLA's fusions on CPU compute a cosine
+  anew for every head and use.
+  """
+  magnitude = 1.0
+  if config.yarn is not None:
+    yarn = config.yarn
+    magnitude = yarn_magnitude(yarn.factor, yarn.mscale) / yarn_magnitude(yarn.factor, yarn.mscale_all_dim)
+  frequency = frequencies(config)
+  if config.max_length > TABLE:
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+  angle = (np.arange(config.max_length, dtype=np.float32)[:, None] * frequency).astype(np.float64)
+  tables = (jnp.asarray(np.float32(f(angle) * magnitude)) for f in (np.cos, np.sin))
+  return tuple(table.at[positions].get(mode='fill', fill_value=np.nan) for table in tables)
+
+
 def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
   """Turns pairs (i, i + R/2) of the last axis by position * frequency_i.
 
@@ -48,13 +69,8 @@ def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array
   returned in x's dtype. The half-split layout is the interleaved one of the released checkpoints with the
   weights' rows permuted, which changes no score as long as queries and keys are permuted alike.
   """
-  angle = positions[..., None].astype(jnp.float32) * frequencies(config)
-  angle = angle.reshape(positions.shape + (1,) * (x.ndim - positions.ndim - 1) + angle.shape[-1:])
-  magnitude = 1.0
-  if config.yarn is not None:
-    yarn = config.yarn
-    magnitude = yarn_magnitude(yarn.factor, yarn.mscale) / yarn_magnitude(yarn.factor, yarn.mscale_all_dim)
-  cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+  cos, sin = (turn.reshape(positions.shape + (1,) * (x.ndim - positions.ndim - 1) + turn.shape[-1:])
+              for turn in cos_sin(positions, config))
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return turned.astype(x.dtype)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from moe_rl.models.heads import token_logprobs
 from moe_rl.models.moe import move_bias, router_metrics
@@ -10,6 +11,7 @@ from moe_rl.models.transformer import Transformer, for_compute, whole_vocabulary
 from moe_rl.rl import grpo
 from moe_rl.rl.batch import PackedBatch
 from moe_rl.rl.objectives import chosen
+from moe_rl.runtime import mesh as meshes
 from moe_rl.runtime.programs import MICROBATCHES
 from moe_rl.runtime.state import TrainState
 
@@ -60,26 +62,28 @@ def make_scoring(net: Transformer, c, sampling: dict):
   return scoring
 
 
-def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict, placed=None):
+def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, c, sampling: dict, placed=None,
+                     alone: Mesh | None = None):
   """(state, batch, microbatches in use) -> (state, metrics): one optimizer step; c is config.rl.
 
   Loss = sum_t weight_t (policy_t + kl_weight KL_t), both as the objective has them. Only microbatches in use are
   computed, by a loop whose length is data, so that shapes never change. sampling: temperature, top_k, top_p of the
   rollout. Replayed picks are the policy's alone: the reference goes its own ways, as that is the policy it stands for.
   placed: shardings of the weights, to which a reference in host memory is brought for each of its forward passes.
+  alone: a mesh of devices that are `mesh.alone`, each of which then sums over its own rows with a net that has no
+  layout; what they found is added once, at the end.
   The router bias (rate c.bias_rate, 0: frozen) moves by the loads seen here, replayed ones included; where picks are
   replayed it acts in the sampler only.
   """
   objective = chosen(c)
 
-  def loss_and_sums(params, state: TrainState, batch: PackedBatch):
-    logp, entropy, load = score(net, {'params': params, 'router': state.router}, batch, sampling)
-    reference = None
+  def loss_and_sums(params, router, reference, batch: PackedBatch):
+    logp, entropy, load = score(net, {'params': params, 'router': router}, batch, sampling)
+    reference_logp = None
     if objective.kl_weight:
-      weights = jax.device_put(state.reference, placed) if c.reference_memory == 'host' else state.reference
-      reference, _, _ = score(net, {'params': weights, 'router': state.router},
-                              batch.replace(picks=None), sampling)
-    loss, sums = grpo.loss(objective, logp, reference, batch)
+      weights = jax.device_put(reference, placed) if c.reference_memory == 'host' else reference
+      reference_logp, _, _ = score(net, {'params': weights, 'router': router}, batch.replace(picks=None), sampling)
+    loss, sums = grpo.loss(objective, logp, reference_logp, batch)
     token = (batch.weight > 0).astype(jnp.float32)
     gap = jnp.abs(logp - batch.logp) * token
     sums |= {
@@ -87,11 +91,12 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
       'ratio': (jnp.exp(grpo.log_ratio(logp, batch.logp)) * token).sum(), 'gap': gap.sum()}
     return loss, (sums | {'loss': loss}, {'gap': gap.max()}, load)
 
-  def update(state: TrainState, batch: PackedBatch, microbatches: jax.Array):
+  def gradients(params, router, reference, batch: PackedBatch, microbatches):
+    """Gradients, sums, peaks and loads over the microbatches in use."""
     grad = jax.value_and_grad(loss_and_sums, has_aux=True)
 
     def one(i):
-      (_, aux), grads = grad(state.params, state, jax.tree.map(lambda x: x[i], batch))
+      (_, aux), grads = grad(params, router, reference, jax.tree.map(lambda x: x[i], batch))
       return grads, *aux
 
     def add(i, total):
@@ -100,8 +105,13 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
         jnp.maximum, total[2], peaks), total[3] + load
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
     with jax.named_scope(MICROBATCHES):
-      grads, sums, peaks, load = jax.lax.fori_loop(0, microbatches, add, zeros)
+      return jax.lax.fori_loop(0, microbatches, add, zeros)
 
+  if alone:
+    gradients = over_devices(alone, gradients)
+
+  def update(state: TrainState, batch: PackedBatch, microbatches: jax.Array):
+    grads, sums, peaks, load = gradients(state.params, state.router, state.reference, batch, microbatches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     router = move_bias(state.router, load, c.bias_rate)
     tokens = jnp.maximum(sums.pop('tokens'), 1)
@@ -113,3 +123,14 @@ def make_grpo_update(net: Transformer, optimizer: optax.GradientTransformation, 
                           opt_state=opt_state, router=router)
     return state, metrics
   return update
+
+
+def over_devices(mesh: Mesh, gradients):
+  """`gradients` of `make_grpo_update` by every device over its own rows, then added up."""
+  def found(*arguments):
+    grads, sums, peaks, load = gradients(*arguments)
+    grads, sums, load = jax.lax.psum((grads, sums, load), mesh.axis_names)
+    return grads, sums, jax.lax.pmax(peaks, mesh.axis_names), load
+  whole, by_microbatch = PartitionSpec(), meshes.rows(mesh, leading=1).spec
+  return jax.shard_map(found, mesh=mesh, in_specs=(whole, whole, whole, by_microbatch, whole), out_specs=whole,
+                       check_vma=False)

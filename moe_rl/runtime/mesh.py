@@ -136,6 +136,13 @@ def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * leading, TRAINING['batch']))
 
 
+def alone(mesh: Mesh, placed) -> bool:
+  """Whether these are CPU devices that hold all weights each; placed: shardings of the weights. Such a device has its
+  rows to itself, and goes at its own pace where a partitioner would let all wait for each other at every layer."""
+  return (mesh.size > 1 and rows_over(mesh.shape) == mesh.size and mesh.devices.flat[0].platform == 'cpu'
+          and all(p.is_fully_replicated for p in jax.tree.leaves(placed)))
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -76,8 +76,10 @@ class RL:
     self.score = None if r.old_logp == 'sampler' else jax.jit(
       make_scoring(net, r, self.sampling), in_shardings=(trained, by_microbatch, whole),
       out_shardings=(by_microbatch, whole))
+    alone = mesh if r.reference_memory == 'device' and meshes.alone(mesh, self.shardings) else None
     self.update = jax.jit(
-      make_grpo_update(net, self.optimizer, r, self.sampling, self.shardings.params), donate_argnums=0,
+      make_grpo_update(Transformer(self.model) if alone else net, self.optimizer, r, self.sampling,
+                       self.shardings.params, alone), donate_argnums=0,
       in_shardings=(self.shardings, by_microbatch, whole), out_shardings=(self.shardings, whole))
 
   def sample(self, variables, *prompts):

@@ -36,15 +36,13 @@ TEXTS = ('question', 'reference', 'response', 'answer')  # of an answer: what ma
 def jit_sampler(model: ModelConfig, mesh, placed, max_new: int, eos_ids: tuple[int, ...], **kwargs):
   """The sampler on a mesh, jitted; placed: shardings of the weights; kwargs: as `make_sampler` takes them.
 
-  CPU devices that each hold all weights sample their own prompts and stop by themselves: there a partitioner gathers
-  the rows of every sort.
+  Devices that are `mesh.alone` sample their own prompts and stop by themselves: there a partitioner gathers the rows of
+  every sort.
   """
-  by_row, whole = meshes.rows(mesh), meshes.everywhere(mesh)
-  layout = meshes.Layout(mesh, 'sampling')
-  apart = layout.platform == 'cpu' and meshes.rows_over(mesh.shape) == mesh.size and all(
-    p.is_fully_replicated for p in jax.tree.leaves(placed))
-  sample = make_sampler(Transformer(model, None if apart else layout), max_new=max_new, eos_id=eos_ids, **kwargs)
-  if apart and mesh.size > 1:
+  by_row, whole, alone = meshes.rows(mesh), meshes.everywhere(mesh), meshes.alone(mesh, placed)
+  layout = None if alone else meshes.Layout(mesh, 'sampling')
+  sample = make_sampler(Transformer(model, layout), max_new=max_new, eos_id=eos_ids, **kwargs)
+  if alone:
     sample = jax.shard_map(sample, mesh=mesh, in_specs=(P(), *[by_row.spec] * 3, P()), out_specs=by_row.spec,
                            check_vma=False)
   return jax.jit(sample, in_shardings=(placed, by_row, by_row, by_row, whole), out_shardings=by_row)
