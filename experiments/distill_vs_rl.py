@@ -27,7 +27,7 @@ def get_config(preset: str = 'tiny'):
 
   traces = add_stage(config, 'traces', 'sample')
   traces.init_from, traces.sampling.max_new_tokens = '{teacher}', 72
-  traces.sample.prompts, traces.sample.samples, traces.sample.keep = 2048, 1, 'one'
+  traces.sample.prompts, traces.sample.samples, traces.sample.keep = 8192, 1, 'one'
   traces.sample.min_language = 0.0
 
   distilled = add_stage(config, 'distilled', 'sft', 'tiny_dense')
