@@ -179,7 +179,7 @@ BAD_ON_EIGHT_DEVICES = {
   'experts': (dict(mesh=dict(expert=8)), 'config.mesh.expert x tensor (8)', 'config.model.experts (4): take a divisor'),
   'heads': (dict(mesh=dict(tensor=4)), 'config.mesh.tensor (4)', 'config.model.heads (2): take a divisor'),
   'width': (dict(mesh=dict(fsdp=8), model=dict(width=36)), 'config.mesh.fsdp (8)', 'config.model.width (36): take a'),
-  'vocabulary': (dict(mesh=dict(tensor=2), model=dict(vocab_size=385)), 'tensor (2) does not', 'vocab_size (385): take a'),
+  'vocabulary': (dict(mesh=dict(tensor=2), model=dict(vocab_size=385)), 'tensor (2) does not', 'vocab_size (385)'),
 }
 
 
