@@ -1,6 +1,7 @@
 """The planner: HLO read with its loops, collectives costed on the torus, small programs with known answers."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -308,11 +309,40 @@ def test_a_step_of_671b_with_fewer_layers_fits_and_sends_a_token_once_to_each_of
   assert 1.0 < update['flops'] * topology.devices / update['useful_flops'] < 1.4
 
 
-def plan_command(*arguments: str, before: str = '') -> subprocess.CompletedProcess:
-  """`python -m moe_rl.plan` on the tiny experiment, in a process where `before` has run."""
+def plan_command(*arguments: str, before: str = '', experiment: str = 'experiments/r1_zero.py'):
+  """`python -m moe_rl.plan`, by default on the tiny experiment, in a process where `before` has run."""
   code = f'{before}\nimport runpy\nrunpy.run_module("moe_rl.plan", run_name="__main__", alter_sys=True)'
-  return subprocess.run([sys.executable, '-c', code, '--config=experiments/r1_zero.py', *arguments],
+  return subprocess.run([sys.executable, '-c', code, f'--config={experiment}', *arguments],
                         capture_output=True, text=True, check=False)
+
+
+@needs_libtpu
+def test_the_command_plans_every_program_of_a_small_run(tmp_path):
+  """`small` of three layers on four chips, from the command line to the JSON."""
+  changes = {'model.layers': 3, 'mesh.data': 1, 'mesh.expert': 4, 'rl.prompts_per_step': 64, 'rl.minibatches': 2,
+             'sampling.max_new_tokens': 1024, 'sampling.max_prompt_tokens': 128, 'eval.problems': 64}
+  done = plan_command('--topology=v5e:2x2', '--patience=1', f'--json={tmp_path / "plan.json"}',
+                      *(f'--config.{key}={value}' for key, value in changes.items()),
+                      experiment='experiments/r1_zero.py:small')
+  assert done.returncode == 0, done.stderr
+  whole = json.loads((tmp_path / 'plan.json').read_text())
+  assert whole['fits'] and whole['chips'] == 4 and whole['mesh']['expert'] == 4
+  made = {p['name']: p for p in whole['programs']}
+  assert list(made) == ['init', 'weights to sampler', 'rollout', 'evaluation', 'GRPO update']
+  for name, p in made.items():
+    assert p['fits'] and not p['error'] and f'{name}: fits' in done.stdout
+    assert p['seconds']['overlapped'] <= p['seconds']['apart']
+    assert p['memory']['arguments'] < p['peak_bytes'] < whole['capacity_bytes']
+  loops = [{x['name'] for x in made[name]['loops_of_data_length']} for name in ('rollout', 'GRPO update')]
+  assert 'decode' in loops[0] and 'microbatches' in loops[1]
+  assert made['GRPO update']['collectives']['ragged-all-to-all']['count'] > 0
+  # A step's rollout and its updates, and a share of an evaluation.
+  seconds = sum(p['runs_a_step'] * p['seconds']['overlapped'] for p in made.values())
+  assert abs(whole['run']['overlapped']['seconds_per_step'] / seconds - 1) < 1e-9 and whole['run']['steps'] == 650
+  # 256 samples a chip of 1,024 cells of 160 numbers in three layers: read where they lie, with no second copy of all of
+  # them, or of two layers' worth, beside them.
+  cache = 256 * 1024 * 160 * 3 * 2
+  assert cache < made['rollout']['memory']['temporaries'] < 1.5 * cache
 
 
 @needs_libtpu
