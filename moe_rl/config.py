@@ -322,7 +322,8 @@ def mesh_sizes(config, devices: int) -> dict[str, int]:
   for k, v in sizes.items():
     fixed *= 1 if k in free else v
   if free:
-    refuse(devices % fixed, f'config.mesh: {devices} devices do not divide by {fixed} (the fixed axes of {sizes})')
+    refuse(devices % fixed, f'config.mesh: {devices} devices do not divide by {fixed} (the fixed axes of {sizes}): '
+           f'take divisors of {devices}')
     sizes[free[0]] = devices // fixed
   else:
     refuse(fixed != devices, f'config.mesh {sizes} needs {fixed} devices, there are {devices}: set one axis to -1')

@@ -7,6 +7,7 @@ The exit status is 0 if every program fits, 1 if one does not, 2 on bad input.
 """
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -16,6 +17,7 @@ from absl import app, flags
 
 from moe_rl import main as entry  # defines --config
 from moe_rl.main import fail
+from moe_rl.refusals import refuse
 
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'The slice, in chips: v5p:8x8x16, v5e:4x4, tpu7x:4x8x8 …')
 _JSON = flags.DEFINE_string('json', '', 'A file for the plan as JSON.')
@@ -62,6 +64,7 @@ def main(argv):
                  patience=_PATIENCE.value, progress=Progress())
   try:
     topology = topologies.parse(_TOPOLOGY.value)
+    check_writable(_JSON.value)
     if _SUGGEST.value:
       from moe_rl.planner.suggest import suggest, table
       whole = suggest(config, topology, plan, tries=_TRIES.value, minutes=_MINUTES.value, options=options)
@@ -80,6 +83,14 @@ def main(argv):
   if unfit:
     print(unfit, file=sys.stderr)
   sys.exit(1 if unfit else 0)
+
+
+def check_writable(path: str):
+  """Raises ValueError, with the flag, where --json could not be written: before minutes of compiling."""
+  folder = pathlib.Path(path).parent
+  refuse(path and not (folder.is_dir() and os.access(folder, os.W_OK)),
+         f'--json={path}: {folder} is no folder that can be written to')
+  refuse(path and pathlib.Path(path).is_dir(), f'--json={path}: that is a folder, name a file')
 
 
 class Progress:

@@ -82,14 +82,14 @@ def check_table(model: ModelConfig, sizes: dict[str, int]):
   def over(logical):
     axes = meshes.TRAINING[logical]
     return f'config.mesh.{" x ".join(axes)}', math.prod(sizes[axis] for axis in axes)
-  for logical, what in (('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'),
-                        ('head_work', 'heads'), ('mlp', 'dense_ff'), ('vocab', 'vocab_size')):
-    divides(f'config.model.{what}', getattr(model, what), *over(logical))
+  cut = [(logical, what, getattr(model, what)) for logical, what in (
+    ('embed', 'width'), ('experts', 'experts'), ('expert_rows', 'expert_ff'), ('head_work', 'heads'),
+    ('mlp', 'dense_ff'), ('vocab', 'vocab_size'))]
   columns = {'heads x qk_dim': model.heads * model.qk_dim, 'heads x v_dim': model.heads * model.v_dim}
   if model.attention == 'gqa':
     columns = {'kv_heads x head_dim': model.kv_heads * model.head_dim}
-  for what, count in columns.items():
-    where, axes = over('heads')
+  for logical, what, count in [*cut, *(('heads', what, count) for what, count in columns.items())]:
+    where, axes = over(logical)
     refuse(count % axes, f'{where} ({axes}) does not divide config.model.{what} ({count}): take a divisor of that')
 
 

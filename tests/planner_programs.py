@@ -44,6 +44,11 @@ def make(topology) -> Made:
     with jax.named_scope('microbatches'):
       return jax.lax.fori_loop(0, n, inner, x)
 
+  def stacked(x, up, down):
+    def layer(c, w):
+      return jnp.einsum('tf,fd->td', jnp.tanh(jnp.einsum('td,fd->tf', c, w[0])), w[1]), None
+    return jax.lax.scan(layer, x, (up, down))[0]
+
   def manual(f):
     return jax.shard_map(f, mesh=mesh, in_specs=P('b'), out_specs=P('b'), check_vma=False)
   square, number = array((512, 512), P()), array((), P(), jnp.int32)
@@ -53,6 +58,7 @@ def make(topology) -> Made:
     Program('nested', jax.jit(nested), (square,)),
     Program('exchanged', jax.jit(manual(exchanged)), (array((512, 512), P('b')),)),
     Program('of length', jax.jit(of_length), (square, number, number)),
+    Program('stacked', jax.jit(stacked), (array((8, 1024), P()), *[array((12, 2048, 1024), P())] * 2)),
     Program('too big', jax.jit(jnp.sin), (array((1 << 16, 1 << 18), P()),)),
   ], mesh, resident={'kept': array((1024, 1024), P('a'))})
 

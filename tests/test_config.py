@@ -176,10 +176,10 @@ BAD_REWARD_MODEL = {
 BAD_ON_EIGHT_DEVICES = {
   'prompts': (dict(mesh=dict(fsdp=2)), 'config.rl.prompts_per_step 4', '(data x fsdp x expert) 8', 'set it to 8'),
   'microbatches': (dict(rl=dict(prompts_per_step=8)), 'config.rl.microbatch_rows 4', '(data x fsdp x expert) 8'),
-  'experts': (dict(mesh=dict(expert=8)), 'config.model.experts 4', 'config.mesh.expert x tensor 8', 'set it to 8'),
-  'heads': (dict(mesh=dict(tensor=4)), 'config.model.heads 2', 'config.mesh.tensor 4', 'set it to 4'),
-  'width': (dict(mesh=dict(fsdp=8), model=dict(width=36)), 'config.model.width 36', 'config.mesh.fsdp 8', '32 or 40'),
-  'vocabulary': (dict(mesh=dict(tensor=2), model=dict(vocab_size=385)), 'config.model.vocab_size 385', '384 or 386'),
+  'experts': (dict(mesh=dict(expert=8)), 'config.mesh.expert x tensor (8)', 'config.model.experts (4): take a divisor'),
+  'heads': (dict(mesh=dict(tensor=4)), 'config.mesh.tensor (4)', 'config.model.heads (2): take a divisor'),
+  'width': (dict(mesh=dict(fsdp=8), model=dict(width=36)), 'config.mesh.fsdp (8)', 'config.model.width (36): take a'),
+  'vocabulary': (dict(mesh=dict(tensor=2), model=dict(vocab_size=385)), 'tensor (2) does not', 'vocab_size (385)'),
 }
 
 

@@ -1,6 +1,7 @@
 """The planner: HLO read with its loops, collectives costed on the torus, small programs with known answers."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -91,6 +92,63 @@ ENTRY %main (x: f32[8]) -> f32[32] {
   assert work.received == 2 * 32 * 3 / 4 + 2 * 32 * 3 / 4 + 128 * 3 / 4
 
 
+def test_a_fusion_reads_what_it_takes_through_the_fusions_inside():
+  """Seven layers' weights, of which one is taken after all are moved; tokens, whole, that an inner fusion renames;
+  an update of one cell, in place, and of one that is moved first and so is read whole."""
+  work = count.count(hlo.parse("""HloModule m, num_partitions=1
+%moved (a: bf16[7,32,64]) -> bf16[7,32,64] {
+  %a = bf16[7,32,64]{1,2,0} parameter(0)
+  ROOT %copy.1 = bf16[7,32,64]{2,1,0} copy(%a)
+}
+%layer (b: bf16[7,32,64], i: s32[]) -> bf16[32,64] {
+  %b = bf16[7,32,64]{1,2,0} parameter(0)
+  %all = bf16[7,32,64]{2,1,0} fusion(%b), kind=kLoop, calls=%moved
+  %i = s32[]{:S(6)} parameter(1)
+  %o = s32[] constant(0)
+  %one = bf16[1,32,64]{2,1,0} dynamic-slice(%all, %i, %o, %o), dynamic_slice_sizes={1,32,64}
+  ROOT %flat = bf16[32,64]{1,0} bitcast(%one)
+}
+%renamed (c: bf16[1,8,32]) -> bf16[8,32] {
+  %c = bf16[1,8,32]{2,1,0} parameter(0)
+  ROOT %same = bf16[8,32]{1,0} bitcast(%c)
+}
+%product (x: bf16[1,8,32], w: bf16[7,32,64], j: s32[]) -> bf16[8,64] {
+  %x = bf16[1,8,32]{2,1,0} parameter(0)
+  %left = bf16[8,32]{1,0} fusion(%x), kind=kLoop, calls=%renamed
+  %w = bf16[7,32,64]{1,2,0} parameter(1)
+  %j = s32[]{:S(6)} parameter(2)
+  %right = bf16[32,64]{1,0} fusion(%w, %j), kind=kLoop, calls=%layer
+  ROOT %dot.1 = bf16[8,64]{1,0} dot(%left, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%written (d: f32[9,16], e: f32[1,16], k: s32[]) -> f32[9,16] {
+  %d = f32[9,16]{1,0} parameter(0)
+  %e = f32[1,16]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %u = f32[9,16]{1,0} dynamic-update-slice(%d, %e, %k, %k)
+}
+%moved_first (d2: f32[9,16], e2: f32[1,16], k2: s32[]) -> f32[9,16] {
+  %d2 = f32[9,16]{0,1} parameter(0)
+  %e2 = f32[1,16]{1,0} parameter(1)
+  %k2 = s32[] parameter(2)
+  %c2 = f32[9,16]{1,0} copy(%d2)
+  ROOT %u2 = f32[9,16]{1,0} dynamic-update-slice(%c2, %e2, %k2, %k2)
+}
+ENTRY %main (p: bf16[1,8,32], q: bf16[7,32,64], l: s32[], f: f32[9,16], g: f32[1,16]) -> f32[9,16] {
+  %p = bf16[1,8,32]{2,1,0} parameter(0)
+  %q = bf16[7,32,64]{1,2,0} parameter(1)
+  %l = s32[]{:S(6)} parameter(2)
+  %f = f32[9,16]{1,0} parameter(3)
+  %g = f32[1,16]{1,0} parameter(4)
+  %y = bf16[8,64]{1,0} fusion(%p, %q, %l), kind=kOutput, calls=%product
+  %v = f32[9,16]{1,0} fusion(%f, %g, %l), kind=kLoop, calls=%written
+  ROOT %z = f32[9,16]{1,0} fusion(%v, %g, %l), kind=kLoop, calls=%moved_first
+}
+"""))
+  assert work.flops == 2 * 8 * 32 * 64
+  product = 2 * (8 * 32 + 32 * 64 + 8 * 64)
+  assert work.hbm == product + 4 * (16 + 16) + 4 * (9 * 16 + 16 + 16)
+
+
 @pytest.mark.parametrize('text, wanted', [
   ('replica_groups={{0,1},{2,3}}', ((0, 1), (2, 3))),
   ('replica_groups=[2,2]<=[4]', ((0, 1), (2, 3))),
@@ -142,8 +200,8 @@ def test_compute_and_hbm_take_their_rates():
   assert (s.compute, s.hbm, s.overlapped, s.apart, s.bound) == (1, 2, 2, 2, 'hbm')
 
 
-@pytest.mark.parametrize('text, near', [('v5q:2x2', 'v5p'), ('v5p:8x8', 'v5p:8x8x8'), ('v5e:3x3', 'v5e:2x4'), ('',
-  'v5p')])
+@pytest.mark.parametrize('text, near', [('v5q:2x2', 'v5p'), ('v5p:8x8', 'v5p:8x8x8'), ('v5e:3x3', 'v5e:2x4'),
+  ('', '--topology is empty: name the slice')])
 def test_an_unknown_topology_names_those_that_work(text, near):
   with pytest.raises(ValueError, match=near):
     parse(text)
@@ -191,6 +249,14 @@ def test_small_programs_have_their_known_work(compiled):
 
 
 @needs_libtpu
+def test_a_scan_over_layers_reads_each_layers_weights_once(compiled):
+  """12 layers of 1,024 x 2,048 and back, 8.4 MB each, turned over in the product: as they lie, they are read; the whole
+  stack in each layer would be 12 times as much. A few percent beside them are tokens."""
+  weights = 12 * 2 * 1024 * 2048 * 2
+  assert weights <= work(compiled, 'stacked').hbm < 1.05 * weights
+
+
+@needs_libtpu
 def test_memory_is_the_compilers_and_what_does_not_fit_is_told(compiled):
   nested = compiled['nested']
   assert nested.memory['arguments'] == nested.memory['outputs'] == 512 * 512 * 2
@@ -202,12 +268,28 @@ def test_memory_is_the_compilers_and_what_does_not_fit_is_told(compiled):
 @needs_libtpu
 @pytest.mark.parametrize('arguments, wanted', [
   (['--topology=v9:2x2'], 'no TPU generation'),
-  (['--topology=v5e:2x2', '--config.mesh.tensor=3'], 'do not divide by 3'),
-  (['--topology=v5e:2x2', '--mean_tokens=100000'], '--mean-tokens=100000')])
+  ([], '--topology is empty'),
+  (['--topology=v5e:2x2', '--config.mesh.tensor=3'], "'tensor': 3}): take divisors of 4"),
+  (['--topology=v5e:2x2', '--only=reward'], '--only=reward: no such program; there are init, weights to sampler'),
+  (['--topology=v5e:2x2', '--json=nowhere/plan.json'], '--json=nowhere/plan.json: nowhere is no folder'),
+  (['--topology=v5e:2x2', '--mean_tokens=100000'], '--mean_tokens=100000')])
 def test_the_command_refuses(arguments, wanted):
   done = subprocess.run([sys.executable, '-m', 'moe_rl.plan', '--config=experiments/r1_zero.py', *arguments],
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('topology, changes, wanted', [
+  ('v5e:2x4', {'mesh.tensor': 8}, r'config.mesh.tensor \(8\) does not divide config.model.heads \(4\): take a divisor'),
+  ('v5e:4x4', {'mesh.expert': 16}, r'config.mesh.expert x tensor \(16\) does not divide config.model.experts \(8\)'),
+  ('v5e:8x8', {}, r'prompts_per_step 32 is not a multiple of the mesh \(data x fsdp x expert\) 64: set it to 64'),
+  ('v5e:2x2', {'stage': 'evaluate'}, "'evaluate' cannot be planned: give an experiment of one stage of pretrain, sft")])
+def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_compiled(topology, changes, wanted, monkeypatch):
+  monkeypatch.setattr('moe_rl.planner.compile.compile_all', None)
+  config = load_experiment('experiments/r1_zero.py')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=wanted):
+    plan.plan(config, parse(topology))
 
 
 @needs_libtpu
@@ -227,11 +309,40 @@ def test_a_step_of_671b_with_fewer_layers_fits_and_sends_a_token_once_to_each_of
   assert 1.0 < update['flops'] * topology.devices / update['useful_flops'] < 1.4
 
 
-def plan_command(*arguments: str, before: str = '') -> subprocess.CompletedProcess:
-  """`python -m moe_rl.plan` on the tiny experiment, in a process where `before` has run."""
+def plan_command(*arguments: str, before: str = '', experiment: str = 'experiments/r1_zero.py'):
+  """`python -m moe_rl.plan`, by default on the tiny experiment, in a process where `before` has run."""
   code = f'{before}\nimport runpy\nrunpy.run_module("moe_rl.plan", run_name="__main__", alter_sys=True)'
-  return subprocess.run([sys.executable, '-c', code, '--config=experiments/r1_zero.py', *arguments],
+  return subprocess.run([sys.executable, '-c', code, f'--config={experiment}', *arguments],
                         capture_output=True, text=True, check=False)
+
+
+@needs_libtpu
+def test_the_command_plans_every_program_of_a_small_run(tmp_path):
+  """`small` of three layers on four chips, from the command line to the JSON."""
+  changes = {'model.layers': 3, 'mesh.data': 1, 'mesh.expert': 4, 'rl.prompts_per_step': 64, 'rl.minibatches': 2,
+             'sampling.max_new_tokens': 1024, 'sampling.max_prompt_tokens': 128, 'eval.problems': 64}
+  done = plan_command('--topology=v5e:2x2', '--patience=1', f'--json={tmp_path / "plan.json"}',
+                      *(f'--config.{key}={value}' for key, value in changes.items()),
+                      experiment='experiments/r1_zero.py:small')
+  assert done.returncode == 0, done.stderr
+  whole = json.loads((tmp_path / 'plan.json').read_text())
+  assert whole['fits'] and whole['chips'] == 4 and whole['mesh']['expert'] == 4
+  made = {p['name']: p for p in whole['programs']}
+  assert list(made) == ['init', 'weights to sampler', 'rollout', 'evaluation', 'GRPO update']
+  for name, p in made.items():
+    assert p['fits'] and not p['error'] and f'{name}: fits' in done.stdout
+    assert p['seconds']['overlapped'] <= p['seconds']['apart']
+    assert p['memory']['arguments'] < p['peak_bytes'] < whole['capacity_bytes']
+  loops = [{x['name'] for x in made[name]['loops_of_data_length']} for name in ('rollout', 'GRPO update')]
+  assert 'decode' in loops[0] and 'microbatches' in loops[1]
+  assert made['GRPO update']['collectives']['ragged-all-to-all']['count'] > 0
+  # A step's rollout and its updates, and a share of an evaluation.
+  seconds = sum(p['runs_a_step'] * p['seconds']['overlapped'] for p in made.values())
+  assert abs(whole['run']['overlapped']['seconds_per_step'] / seconds - 1) < 1e-9 and whole['run']['steps'] == 650
+  # 256 samples a chip of 1,024 cells of 160 numbers in three layers: read where they lie, with no second copy of all of
+  # them, or of two layers' worth, beside them.
+  cache = 256 * 1024 * 160 * 3 * 2
+  assert cache < made['rollout']['memory']['temporaries'] < 1.5 * cache
 
 
 @needs_libtpu

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jax.sharding import AbstractMesh
 from tiny import EOS, favouring, run_jit, tiny_model, tiny_variables
 
 from moe_rl.models.config import Yarn
 from moe_rl.models.heads import distribution
 from moe_rl.models.transformer import Transformer
 from moe_rl.rl.batch import pack
-from moe_rl.rl.sampler import draw, make_sampler, row_keys
+from moe_rl.rl.sampler import draw, few_of, make_sampler, row_keys
 from moe_rl.rl.update import score
 from moe_rl.runtime.keys import key_for
+from moe_rl.runtime.mesh import AXES, Layout
 from moe_rl.runtime.run import CompileCounter
 
 MODEL = tiny_model()
@@ -291,3 +293,10 @@ def test_equal_shapes_compile_nothing_anew():
     prompts = rng.integers(2, 64, (5, WIDTH)).astype(np.int32)
     jax.block_until_ready(sampler('T=1')(others, prompts, lengths, rng.integers(0, 99, 5).astype(np.int32), key))
   assert counter.count == before
+
+
+@pytest.mark.parametrize('rows, over, few', [(16, 1, 6), (16, 4, 8), (32, 8, 16), (8, 8, 0), (2, 1, 1), (1, 1, 0)])
+def test_the_last_rows_go_on_in_a_number_that_the_devices_divide(rows, over, few):
+  """Three eighths of 16 rows are 6, which four devices do not divide; where all rows would go on, none are parted."""
+  layout = Layout(AbstractMesh((over, 1, 1, 1), AXES)) if over > 1 else None
+  assert few_of(rows, layout) == few

@@ -4,7 +4,6 @@ Attention is latent or grouped, the feed-forward sparse or dense, the head its o
 """
 
 import dataclasses
-import functools
 
 import flax
 import flax.linen as nn
@@ -55,19 +54,23 @@ class Block(nn.Module):
     x, stats = self.feed_forward(x, segments > 0)
     return x, (cells if with_cells else None, stats)
 
-  def decode(self, x, cells, positions, prompt_length, own_length, live):
-    """One token, the cache being as it was. Returns x and the cell to be written."""
+  def decode(self, carried, layer, prompt, positions, prompt_length, own_length, live):
+    """One token of a layer. carried: x and the own cells of all layers, to which its cell is written in place: a scan
+    copies what it takes and gives by layers."""
+    x, own = carried
+    normed = self.attention_norm(x)
+    cell = self.attention.cells(normed, positions)
+    attended = self.attention.decode(normed, positions, prompt[layer], own[layer], prompt_length, own_length, cell)
+    own = jax.lax.dynamic_update_slice(own, cell[None, :, :, None], (layer, 0, 0, own_length, 0))
+    return (self.attended(x, attended, live), own), None
+
+  def decode_layer(self, x, cells, positions, prompt_length, own_length, live):
+    """The same where the cells are the layer's alone, with its cell written first. Returns x and the longer own
+    cells."""
     prompt, own = cells
     normed = self.attention_norm(x)
     cell = self.attention.cells(normed, positions)
-    return self.attended(x, self.attention.decode(normed, positions, prompt, own, prompt_length, own_length, cell),
-                         live), cell
-
-  def decode_written(self, x, cells, positions, prompt_length, own_length, live):
-    """The same with the cell written first, in place. Returns x and the longer own cells."""
-    prompt, own = cells
-    normed = self.attention_norm(x)
-    own = with_cell(own, self.attention.cells(normed, positions), own_length)
+    own = jax.lax.dynamic_update_slice_in_dim(own, cell[..., None, :], own_length, axis=2)
     return self.attended(x, self.attention.decode(normed, positions, prompt, own, prompt_length, own_length + 1),
                          live), own
 
@@ -78,11 +81,6 @@ class Block(nn.Module):
     normed = self.ff_norm(x)
     y, stats = self.ff(normed, valid) if self.moe else (self.ff(normed), None)
     return place(self, x + y, *RESIDUAL), stats
-
-
-def with_cell(own, cell, at):
-  """[..., S, Z] with [..., Z] written at place `at`."""
-  return jax.lax.dynamic_update_slice_in_dim(own, cell[..., None, :], at, axis=own.ndim - 2)
 
 
 def rematerialised(config: ModelConfig) -> type[nn.Module]:
@@ -108,7 +106,7 @@ def stack(config: ModelConfig, moe: bool, layers: int, name: str, layout: Layout
                 unroll=layers if one_by_one(config, layout) else 1, metadata_params={nn.PARTITION_NAME: 'layers'})
   return nn.scan(block, methods={
     '__call__': dict(in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), **shared),
-    'decode': dict(in_axes=(0, *[nn.broadcast] * 4), **shared),
+    'decode': dict(in_axes=(0, *[nn.broadcast] * 5), **shared),
   })(config, moe, layout, name=name)
 
 
@@ -163,14 +161,15 @@ class Transformer(nn.Module):
     positions = jnp.broadcast_to((cache.prompt_length_B + cache.own_length)[:, None], ids_BxG.shape)
     live_BxG = jnp.ones(ids_BxG.shape, bool) if live_BxG is None else live_BxG
     now = positions, cache.prompt_length_B, cache.own_length, live_BxG
-    prompt, own, written = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ, []
-    by_layer = isinstance(own, tuple)
-    for layers, run in ((slice(0, c.dense_layers), 'dense'), (slice(c.dense_layers, c.layers), 'moe')):
-      if layers.start < layers.stop:
-        decode = functools.partial(self.decode_layers, run) if by_layer else getattr(self, run).decode
-        x, new = decode(x, (prompt[layers], own[layers]), *now)
-        written.append(new)
-    own = sum(written, ()) if by_layer else with_cell(own, jnp.concatenate(written), cache.own_length)
+    prompt, own = cache.prompt_LxBxPxZ, cache.own_LxBxGxSxZ
+    for start, end, run in ((0, c.dense_layers, 'dense'), (c.dense_layers, c.layers, 'moe')):
+      if start == end:
+        continue
+      if isinstance(own, tuple):
+        x, written = self.decode_layers(run, x, (prompt[start:end], own[start:end]), *now)
+        own = (*own[:start], *written, *own[end:])
+      else:
+        (x, own), _ = getattr(self, run).decode((x, own), jnp.arange(start, end), prompt, *now)
     return x, cache.replace(own_LxBxGxSxZ=own, own_length=cache.own_length + 1)
 
   def decode_layers(self, run, x, cells, *now):
@@ -180,7 +179,7 @@ class Transformer(nn.Module):
     block = Block(self.config, run == 'moe', self.layout, parent=None)
     for i, part in enumerate(zip(*cells, strict=True)):
       variables = jax.tree.map(lambda stacked, i=i: stacked[i], layers.variables)
-      (x, own), picked = block.apply(variables, x, part, *now, method=block.decode_written, mutable=['picks'])
+      (x, own), picked = block.apply(variables, x, part, *now, method=block.decode_layer, mutable=['picks'])
       written.append(own)
       picks.append(picked)
     if picks[0] and self.is_mutable_collection('picks'):

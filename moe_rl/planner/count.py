@@ -25,6 +25,9 @@ FREE = frozenset((
 FREE_CALLS = frozenset(('AllocateBuffer', 'Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape',
   'AssumeGatherIndicesInBound'))
 
+# In a fused computation, the same elements under another shape, and in another order or type.
+RENAMED, MOVED = ('bitcast', 'reshape'), ('copy', 'transpose', 'convert')
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -193,20 +196,31 @@ class Counting:
 
   def read(self, computation: Computation, name: str) -> float:
     """Bytes that a fused computation takes of one of its parameters."""
-    total, whole = 0.0, sum(s.bytes for s in computation.instructions[name].shapes)
+    return self.taken(computation, name, 1.0) * sum(s.bytes for s in computation.instructions[name].shapes)
+
+  def taken(self, computation: Computation, name: str, of_result: float, moved: bool = False) -> float:
+    """The share of a value's elements that a fused computation takes, 1 at most. What is fused is computed where it is
+    wanted and kept nowhere: of an array that is moved, then sliced, the slice alone is read.
+
+    of_result: the share that is taken of the computation's result; moved: the value is no longer where it lay, so that
+    an update of a part of it needs the rest too.
+    """
+    size = sum(s.size for s in computation.instructions[name].shapes)
+    total = of_result if name == computation.root.name else 0.0
     for user in computation.users.get(name, []):
       if user.opcode in ('dynamic-slice', 'slice', 'gather') and user.operands[0] == name:
-        total += sum(s.bytes for s in user.shapes)
-      elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name:
+        total += sum(s.size for s in user.shapes) / max(size, 1)
+      elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name and not moved:
         continue  # in place
-      elif user.opcode in ('bitcast', 'reshape'):
-        total += self.read(computation, user.name)
+      elif user.opcode in (*RENAMED, *MOVED):
+        total += self.taken(computation, user.name, of_result, moved or user.opcode in MOVED)
       elif user.opcode == 'fusion':
-        inner = self.module.computations[user.called('calls')]
-        total += sum(self.read(inner, inner.parameters[n]) for n, o in enumerate(user.operands) if o == name)
+        inner, of_inner = self.module.computations[user.called('calls')], self.taken(computation, user.name, of_result)
+        total += sum(self.taken(inner, inner.parameters[n], of_inner, moved)
+                     for n, o in enumerate(user.operands) if o == name)
       else:
-        return whole
-    return min(total, whole)
+        return 1.0
+    return min(total, 1.0)
 
   def written(self, computation: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
     """Bytes that a fused computation writes into its results, which lie as `shapes` says."""
@@ -214,7 +228,7 @@ class Counting:
       return sum(self.written(computation, computation.instructions[o], (s,))
                  for o, s in zip(root.operands, shapes, strict=True))
     whole = sum(s.bytes for s in shapes if s.memory == 0)
-    if root.opcode in ('bitcast', 'reshape') and root.operands[0] in computation.instructions:
+    if root.opcode in RENAMED and root.operands[0] in computation.instructions:
       return self.written(computation, computation.instructions[root.operands[0]], shapes)
     if root.opcode == 'dynamic-update-slice' and whole:
       return min(whole, sum(s.bytes for s in computation.operand(root, 1).shapes))

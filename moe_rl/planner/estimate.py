@@ -127,7 +127,7 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
   r, s, e = config.rl, config.sampling, config.eval
   mean = float(mean_tokens or s.max_new_tokens)
   refuse(not 1 <= mean <= s.max_new_tokens,
-         f'--mean-tokens={mean:g}: must be 1 to config.sampling.max_new_tokens ({s.max_new_tokens})')
+         f'--mean_tokens={mean:g}: must be 1 to config.sampling.max_new_tokens ({s.max_new_tokens})')
   reference = chosen(r).kl_weight > 0
   whole, evaluated = r.prompts_per_step, configs.eval_prompts_per_batch(config)
   updates, most = r.minibatches * r.epochs, r.prompts_per_step * r.group_size // r.minibatches
@@ -141,7 +141,7 @@ def _rl_loads(config, model, mean_tokens: float | None) -> tuple[dict[str, Load]
   flops = parts(whole, r.group_size)
   assumed = [
     f'prompts of {s.max_prompt_tokens:,} tokens, responses of {mean:,.0f}'
-    + ('' if mean_tokens else ' (the longest allowed: --mean-tokens changes it)'),
+    + ('' if mean_tokens else ' (the longest allowed: --mean_tokens changes it)'),
     f'all rows end together; {microbatches} microbatches an update, as if rows were packed full',
     *balance(model), 'grading, data and checkpoints take no device time']
   sampling, training = (rounds_of(model, **{k: v}) for k, v in ((DECODING, max(mean - 1, 1)),

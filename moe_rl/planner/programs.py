@@ -34,7 +34,8 @@ def for_planning(config, prompt_tokens: int):
   Raises ValueError for a stage that has no programs.
   """
   if config.stage not in STAGES:
-    raise ValueError(f"config.stage '{config.stage}' runs no programs to plan: use one of {', '.join(STAGES)}")
+    raise ValueError(f"config.stage '{config.stage}' cannot be planned: give an experiment of one stage of "
+                     f"{', '.join(STAGES)}")
   config = ml_collections.ConfigDict(config.to_dict())
   if config.stage == 'sft':
     config.sft.path = config.sft.path or 'given when it runs'

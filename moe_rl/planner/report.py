@@ -51,7 +51,8 @@ def _program(p: dict, capacity: float) -> list[str]:
   lines = [f'{p["name"]}: {verdict}, {p["peak_bytes"] / GIB:.2f} of {capacity / GIB:.2f} GiB (compiled in '
            f'{p["compile_seconds"]:.0f} s{"" if p["code_generated"] else ", without its code"})']
   kinds = {**p['memory'], 'rest of the state': p['resident_bytes']}
-  lines.append('  HBM GiB      ' + ', '.join(f'{k} {v / GIB:.2f}' for k, v in kinds.items() if v))
+  if any(kinds.values()):
+    lines.append('  HBM GiB      ' + ', '.join(f'{k} {v / GIB:.2f}' for k, v in kinds.items() if v))
   if p['error']:
     lines.append(f'  the compiler: {p["error"].splitlines()[0][:300]}')
   if 'seconds' not in p:

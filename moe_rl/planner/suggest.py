@@ -52,7 +52,7 @@ def candidates(config, topology: Topology, prompt_tokens: int) -> list[Candidate
     least = min(least, out[-1].least)
   holds = topology.generation.hbm_device
   if least > holds:
-    least = f' and of those that do, the best needs {least / GIB:,.1f} GiB a device' if out else ''
+    least = f'; of those that divide it, the best needs {least / GIB:,.1f} GiB a device' if out else ''
     raise ValueError(f'--suggest: no mesh of {topology.devices:,} devices both divides this experiment and fits '
                      f'{holds / GIB:.2f} GiB a device{least}{why}: take more chips, or lower prompts_per_step, '
                      'group_size, max_new_tokens')

@@ -3,8 +3,7 @@
 A topology is written GENERATION:XxYxZ in chips, as the TPU compiler names it: `v5p:8x8x16` are 1,024 chips. Two other
 ways of counting are in use and must not be mixed in: Cloud's accelerator types count TensorCores for v4 and v5p
 (`v5p-2048` are those 1,024 chips) and chips for v5e and v6e; and JAX counts devices, of which a v5p chip is one and a
-v4
-(without megacore) or tpu7x chip is two.
+v4 (without megacore) or tpu7x chip is two.
 """
 
 import dataclasses
@@ -51,8 +50,7 @@ class Generation:
 # link: jax-ml.github.io/scaling-book/tpus, its table of one-way bandwidths (TPU docs print a chip's links in both
 # directions: v5p 1,200 GB/s is 6 links x 2 directions x 100 GB/s, of which the book has 90).
 # hbm_device: what libtpu 0.0.52 says is available when a program does not fit, in GiB a device; the documents say 32,
-# 16,
-# 95, 32 and 192 a chip.
+# 16, 95, 32 and 192 a chip.
 # pair: tpu7x's die-to-die interface is six times as fast as one ICI axis (docs.cloud.google.com/tpu/docs/tpu7x); for
 # v4, whose two cores share one HBM, HBM's rate.
 GENERATIONS: dict[str, Generation] = {g.name: g for g in (
@@ -96,11 +94,13 @@ class Topology:
 
 def parse(text: str) -> Topology:
   """`v5p:8x8x16` as a Topology. Raises ValueError naming the nearest that works, and those that work."""
+  if not text.strip():
+    raise ValueError('--topology is empty: name the slice as GENERATION:CHIPSxCHIPS…, such as --topology=v5p:8x8x16')
   generation, _, shape = text.strip().lower().partition(':')
   if generation not in GENERATIONS:
     near = difflib.get_close_matches(generation, GENERATIONS, 1, 0.5)
     raise ValueError(f"--topology={text}: there is no TPU generation '{generation}'"
-                     + (f": did you mean '{near[0]}'?" if near else '')
+                     + (f": did you mean '{near[0]}'?" if near else '.')
                      + f' Write GENERATION:CHIPSxCHIPS…, generation one of {", ".join(GENERATIONS)}')
   g = GENERATIONS[generation]
   parts = shape.split('x')

@@ -97,6 +97,13 @@ def put_rows(rows: Rows, which_M: jax.Array, some: Rows) -> Rows:
   return jax.tree.map(put, rows.replace(key=None), some.replace(key=None))
 
 
+def few_of(rows: int, layout) -> int:
+  """FEW_ROWS of so many, as a number that the mesh's devices divide; 0 where that is all."""
+  over = layout.size(layout.rules['batch']) if layout else 1
+  few = math.ceil(rows * FEW_ROWS / over) * over
+  return few if few < rows else 0
+
+
 def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tuple[int, ...],
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, record_picks: bool = False):
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
@@ -164,7 +171,7 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
 
     with jax.named_scope(DECODING):
       state = Decoding(jnp.ones((), jnp.int32), Rows(keys, token, ends(token), response, logps, picks), cache)
-      few = math.ceil(batch * group * FEW_ROWS) if one_by_one(model, net.layout) else 0
+      few = few_of(batch * group, net.layout) if one_by_one(model, net.layout) else 0
       state = decode(state, few)
       rows = state.rows
       if few:
