@@ -6,6 +6,7 @@ where JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import atexit
+import functools
 import importlib.util
 import mmap
 import os
@@ -17,8 +18,8 @@ SCRATCH = 'MOE_RL_TESTS_SCRATCH'
 # Level 0 is LLVM's; kernels come from the older, smaller emitters, all in one module.
 FLAGS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True,
          'xla_cpu_use_fusion_emitters': False, 'xla_cpu_parallel_codegen_split_count': 1}
-# XLA's own values, for the compiler_options of what is to be compiled as in a run.
-AS_IN_A_RUN = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False,
+# XLA's own values of them.
+DEFAULTS = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False,
                'xla_cpu_use_fusion_emitters': True, 'xla_cpu_parallel_codegen_split_count': 32}
 
 
@@ -40,10 +41,21 @@ def scratch() -> pathlib.Path:
   return pathlib.Path(os.environ[SCRATCH])
 
 
-def flags() -> str:
-  """FLAGS as text, without those that the installed XLA does not know: it ends a process that names one."""
+@functools.cache
+def known() -> tuple[str, ...]:
+  """The names in FLAGS that the installed XLA knows: it ends a process that names another. A name it has dropped can
+  still be in its library, as a part of other text."""
   library = pathlib.Path(importlib.util.find_spec('jaxlib').origin).with_name('libjax_common.so')
   if not library.exists():
-    return ''
+    return ()
   with library.open('rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as code:
-    return ' '.join(f'--{name}={str(value).lower()}' for name, value in FLAGS.items() if code.find(name.encode()) >= 0)
+    return tuple(name for name in FLAGS if code.find(b'\0%s\0' % name.encode()) >= 0)
+
+
+def flags() -> str:
+  return ' '.join(f'--{name}={str(FLAGS[name]).lower()}' for name in known())
+
+
+def as_in_a_run() -> dict:
+  """The compiler_options of what is to be compiled as in a run."""
+  return {name: DEFAULTS[name] for name in known()}

@@ -66,6 +66,60 @@ def last_stage(path: pathlib.Path):
     'init_from': str(path / 'tuned'), 'rewards': RL['rewards'] | dict(model=str(path / 'taste')),
     'task': runs.TASK | dict(general_path=str(path / 'general' / 'prompts.jsonl'))}
 
+# The real main, where one process deals minibatches out as more hosts than a minibatch has prompts must.
+BY_SAMPLES = """
+import runpy
+from moe_rl import config
+config.minibatches_of_samples = lambda config, processes: True
+runpy.run_module('moe_rl.main', run_name='__main__', alter_sys=True)
+"""
+# Two processes with four devices each, or one with eight, save a fresh state and restore the others' on their meshes.
+RESTORED = """
+import json, pathlib, sys, time
+import jax, numpy as np
+from moe_rl import config as configs
+from moe_rl.main import load_experiment
+from moe_rl.runtime import hosts
+from moe_rl.runtime.mesh import AXES, make_mesh
+from moe_rl.runtime.run import Run
+from moe_rl.stages.pretrain import Pretraining
+
+folder, coordinator, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+own, other = ('two', 'one') if coordinator else ('one', 'two')
+hosts.connect(hosts.Place(coordinator, 2, process) if coordinator else None)
+
+def stage_on(*sizes):
+  config = load_experiment('experiments/pretrain.py')
+  config.update(CHANGES)
+  config.mesh.update(dict(zip(AXES, sizes)))
+  return Pretraining(config, make_mesh(dict(zip(AXES, sizes)), jax.devices()[:int(np.prod(sizes))]))
+
+meshes = [(1, 2, 2, 2)] if coordinator else [(1, 1, 1, 1), (8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2)]
+first = stage_on(*meshes[0])
+run = Run(first.config, folder / own)
+assert run.restore(first.abstract) is None
+run.save(1, first.init(), {})
+run.close()
+if process == 0:
+  (folder / f'{own}.done').touch()
+while not (folder / f'{other}.done').exists():
+  time.sleep(0.05)
+differing = {}
+for sizes in meshes:
+  stage = stage_on(*sizes)
+  run = Run(stage.config, folder / other)
+  _, got, _ = run.restore(stage.abstract)
+  run.close()
+  # The same seed gives the same bits on every mesh, which a comparison with them shows as well.
+  differing[f'{other} > {own} {sizes}'] = sum(
+    int((np.asarray(a.data) != np.asarray(b.data)).sum()) for x, y in zip(
+      jax.tree.leaves(got), jax.tree.leaves(stage.init()), strict=True)
+    for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True))
+every = hosts.gather(differing)
+if process == 0:
+  (folder / f'{own}.json').write_text(json.dumps({k: sum(e[k] for e in every) for k in differing}))
+""".replace('CHANGES', repr(PRETRAIN))
+
 
 def free_port() -> int:
   with socket.socket() as s:
@@ -177,6 +231,32 @@ def test_only_process_0_writes_beside_the_checkpoints(listed):
       p.name for p in two.iterdir() if 'tfevents' not in p.name}
     assert len(list(two.glob('*tfevents*'))) == len(list(one.glob('*tfevents*')))
     assert runs.summary(one).keys() == runs.summary(two).keys()
+
+
+def test_two_processes_share_the_samples_of_each_prompt_where_a_minibatch_has_one(tmp_path):
+  """Four minibatches of four prompts: each has a sample of every prompt, as one process deals them when told to,
+  which has whole groups by itself."""
+  changes = RL | {
+    'init_from': str(runs.pretrained()[0]), 'rewards': dict(weights='accuracy=1,format=0.1,language=0.1'),
+    'mesh': dict(data=1, fsdp=2, expert=2, tensor=2),
+    'rl': dict(steps=2, prompts_per_step=4, group_size=4, minibatches=4, row_tokens=48, microbatch_rows=4,
+               refill_rounds=4, kl_weight=1e-3)}
+  alone = changes | {'mesh': dict(data=1, fsdp=1, expert=1, tensor=1)}
+  one = runs.start_python(BY_SAMPLES, *command(('r1_zero.py', alone), tmp_path / 'one')[3:], devices=1)
+  for process in (one, *start_both(('r1_zero.py', changes), tmp_path / 'two')):
+    runs.finish(process)
+  lines = assert_same_training(tmp_path / 'one', tmp_path / 'two', 'train/loss')
+  crcs = [[line['sample_crc'] for line in runs.metrics(tmp_path / name)] for name in ('one', 'two')]
+  assert crcs[0] == crcs[1] and len(lines) == 2 and lines[-1]['train/grad_norm'] > 1e-3
+
+
+def test_a_checkpoint_of_two_processes_is_the_same_bits_on_one_and_the_other_way(tmp_path):
+  port = free_port()
+  hosts_ = [runs.start_python(RESTORED, tmp_path, f'127.0.0.1:{port}', i, devices=4) for i in range(2)]
+  for process in (runs.start_python(RESTORED, tmp_path, '', 0, devices=8), *hosts_):
+    runs.finish(process)
+  differing = json.loads((tmp_path / 'one.json').read_text()) | json.loads((tmp_path / 'two.json').read_text())
+  assert len(differing) == 5 and set(differing.values()) == {0}
 
 
 def test_killed_hosts_stop_the_others_and_all_go_on_as_if_left_alone(listed, tmp_path):

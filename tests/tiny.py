@@ -12,7 +12,7 @@ from moe_rl.models.config import ModelConfig, preset
 
 EOS = 1
 # compiler_options of what is compiled as in a run; the other programs of the tests are compiled quickly (session.py).
-AS_IN_A_RUN = session.AS_IN_A_RUN if jax.default_backend() == 'cpu' else {}
+AS_IN_A_RUN = session.as_in_a_run() if jax.default_backend() == 'cpu' else {}
 run_jit = functools.partial(jax.jit, compiler_options=AS_IN_A_RUN)
 
 
