@@ -8,8 +8,8 @@ traces     its answers, one good one a prompt
 distilled  the dense student, fine-tuned on them
 student    the dense student by the teacher's RL, for the teacher's steps
 
-Both students start from the dense base in the package. `summary.json` has each stage's seconds: the student's RL is the
-dearer way, and steps can be set to equal time with --config.stages.student.rl.steps.
+Both students start from the dense base in the package. There are as many traces as make both ways take about the same
+time (`summary.json` has each stage's seconds), compiling and sampling the traces included, training the teacher not.
 """
 
 from moe_rl.config import add_stage, pipeline_config
