@@ -419,11 +419,11 @@ def test_a_list_of_stages_adds_no_key_either(path):
     runs.load_experiment(str(runs.ROOT / 'experiments' / path), 'v3_671b')
 
 
-def test_a_microbatch_is_about_1024_tokens_a_device_whatever_the_width_of_a_row():
+def test_a_microbatch_is_about_512_tokens_a_device_whatever_the_width_of_a_row():
   config = load_experiment('experiments/r1_zero.py')
   sizes = {}
   for prompt, devices in ((24, 1), (24, 8), (952, 1), (952, 8), (4000, 1)):
     r = configs.with_lengths(config, prompt, devices).rl
     sizes[prompt, devices] = (r.row_tokens, r.microbatch_rows)
-  assert sizes == {(24, 1): (128, 8), (24, 8): (128, 64), (952, 1): (1024, 1), (952, 8): (1024, 8),
+  assert sizes == {(24, 1): (128, 4), (24, 8): (128, 32), (952, 1): (1024, 1), (952, 8): (1024, 8),
                    (4000, 1): (4080, 1)}

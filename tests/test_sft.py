@@ -211,7 +211,7 @@ def test_sizes_left_to_be_derived_divide():
     config.sft.rows_per_step = rows
     s = configs.with_row_tokens(config, longest, devices).sft
     found[rows, longest, devices] = (s.row_tokens, s.microbatch_rows)
-  assert found == {(32, 40, 1): (128, 8), (48, 130, 1): (144, 6), (32, 900, 1): (912, 1), (32, 5000, 8): (5008, 8),
+  assert found == {(32, 40, 1): (128, 4), (48, 130, 1): (144, 3), (32, 900, 1): (912, 1), (32, 5000, 8): (5008, 8),
                    (24, 40, 8): (128, 24)}
 
 
