@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import AS_IN_A_RUN
 
-from moe_rl.models.attend import QUERY_BLOCK, attend
+from moe_rl.models.attend import attend, query_block
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import Yarn, preset, yarn_magnitude
 from moe_rl.models.rope import TABLE, frequencies, rotate, yarn_range
@@ -301,9 +301,10 @@ def test_interleaved_rotation_equals_half_split_on_permuted_weights():
 
 
 def test_long_rows_go_by_blocks_and_give_the_defined_attention_and_its_gradients():
-  """The length is no multiple of the block and segments cross its edges. Sums over 600 keys in another order: 1e-5 of
+  """Segments cross the edges of blocks. Sums over 600 keys in another order: 1e-5 of
   the largest entry."""
-  length = 2 * QUERY_BLOCK + 88
+  length = 600
+  assert query_block(length) == 150 and query_block(128) == 64 and query_block(65536) == 4096
   q, k, v, weight = jax.random.normal(jax.random.key(0), (4, 1, length, 2, 4))
   segment = np.searchsorted([100, 300, 512], np.arange(length), side='right')
   visible = jnp.asarray((segment[:, None] == segment) & np.tri(length, dtype=bool))[None, None]

@@ -14,7 +14,7 @@ from moe_rl.models.config import Yarn
 from moe_rl.models.heads import distribution
 from moe_rl.models.transformer import Transformer
 from moe_rl.rl.batch import pack
-from moe_rl.rl.sampler import draw, few_of, make_sampler, row_keys
+from moe_rl.rl.sampler import draw, few_of, make_sampler, noise, row_keys
 from moe_rl.rl.update import score
 from moe_rl.runtime.keys import key_for
 from moe_rl.runtime.mesh import AXES, Layout
@@ -183,9 +183,28 @@ def test_every_run_purpose_step_problem_and_sample_has_its_own_key():
 
 def test_noise_differs_from_position_to_position():
   flat = np.full((2, 2, 4096), -np.log(4096), np.float32)
-  draws = jax.jit(lambda t: draw(row_keys(STEP_0, jnp.arange(2), 2), t, flat)[0])
-  tokens = np.stack([draws(t) for t in range(8)])
+  uniform = noise(row_keys(STEP_0, jnp.arange(2), 2), 8)
+  tokens = np.stack([draw(uniform[..., t], flat)[0] for t in range(8)])
   assert len(np.unique(tokens)) >= 30  # 32 draws of one of 4096: a coincidence has one chance in eight
+
+
+@pytest.mark.parametrize('vocabulary', [3, 64, 385, 5000])
+def test_a_draw_is_the_inverse_of_the_summed_probabilities_and_never_a_token_without_any(vocabulary):
+  """The summed float64 probabilities up to the token enclose the number; float32 sums of such sizes are within 1e-6."""
+  rng = np.random.default_rng(vocabulary)
+  logp = rng.normal(size=(40, 50, vocabulary)) * 3
+  logp[rng.random(logp.shape) < 0.5] = -np.inf
+  logp[..., 1] = 0.0
+  logp = (logp - np.log(np.exp(logp).sum(-1, keepdims=True))).astype(np.float32)
+  uniform = rng.integers(0, 2**23, (40, 50)).astype(np.float32) / 2**23  # what jax.random.uniform gives
+  uniform[:, 0], uniform[:, 1] = 0, 1 - 2**-23
+  token, of_token = jax.jit(draw)(uniform, logp)
+  np.testing.assert_array_equal(of_token, np.take_along_axis(logp, np.asarray(token)[..., None], -1)[..., 0])
+  assert np.isfinite(of_token).all()
+  p = np.exp(logp.astype(np.float64))
+  cdf = p.cumsum(-1) / p.sum(-1, keepdims=True)
+  end = np.take_along_axis(cdf, np.asarray(token)[..., None], -1)[..., 0]
+  assert (uniform <= end + 1e-6).all() and (uniform >= end - np.exp(of_token) - 1e-6).all()
 
 
 # How answers end.
@@ -275,7 +294,7 @@ def test_draw_never_gives_a_token_of_probability_zero():
   step = np.searchsorted(below, uniform * cdf[-1], side='right') - 1
   on_a_step = np.flatnonzero((step >= 0) & (uniform * cdf[-1] < above[step])) if below.size else []
   chosen = keys[np.unique([*on_a_step, *range(32)]).astype(int)[:64]]
-  token, own = jax.jit(draw)(chosen[:, None], 0, np.broadcast_to(logp, (chosen.size, 1, size)))
+  token, own = jax.jit(draw)(noise(chosen[:, None], 1)[..., 0], np.broadcast_to(logp, (chosen.size, 1, size)))
   assert not impossible[np.asarray(token)].any() and np.isfinite(own).all()
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_rl.runtime.mesh import Layout
 
-QUERY_BLOCK, MOST_BLOCKS = 256, 16  # queries in a block of `attend`, and the most blocks a row is cut into
+QUERY_BLOCKS, FEW_BLOCKS, MOST_BLOCKS = (64, 256), 4, 16  # sizes and numbers of blocks of queries, for `query_block`
 MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 KERNEL_BLOCK, KERNEL_WIDE, KERNEL_UNIT = 512, 4096, 128  # the kernel's tiles at most; what lengths are padded to
 MOST_PARTS = 12
@@ -32,11 +32,17 @@ def causal_within(segments_NxT, start: int = 0, end: int | None = None) -> jax.A
   return (causal_TxS & same_NxTxS)[:, None]
 
 
+def query_block(length: int) -> int:
+  """Queries in a block of `attend`: as few as make short rows into 4 blocks and long ones into 16, but 64 at least."""
+  least, most = QUERY_BLOCKS
+  return max(least, min(most, -(-length // FEW_BLOCKS)), -(-length // MOST_BLOCKS))
+
+
 def _blocks(query, key, value, segments):
   """Long rows go by blocks of queries, each with the keys up to its end: half the work, and scores of one block in
   memory."""
   length = query.shape[1]
-  block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+  block = query_block(length)
   ends = [*range(block, length, block), length]
   out = [_attend(query[:, start:end], key[:, :end], value[:, :end], causal_within(segments, start, end))
          for start, end in zip([0, *ends], ends, strict=False)]

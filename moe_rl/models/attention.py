@@ -40,6 +40,12 @@ class LatentCache:
     """The same with a tuple over layers."""
     return self.replace(prompt_LxBxPxZ=tuple(self.prompt_LxBxPxZ), own_LxBxGxSxZ=tuple(self.own_LxBxGxSxZ))
 
+  def with_room(self, cells: int) -> 'LatentCache':
+    """The same, a tuple over layers, with so many own cells, no fewer than there are."""
+    def longer(own_BxGxSxZ):
+      return jnp.pad(own_BxGxSxZ, ((0, 0), (0, 0), (0, cells - own_BxGxSxZ.shape[2]), (0, 0)))
+    return self.replace(own_LxBxGxSxZ=tuple(map(longer, self.own_LxBxGxSxZ)))
+
 
 def decode_weights(scores, prompt_length_B, own_length, dtype) -> list[jax.Array]:
   """Softmax over all parts of a cache together, as arrays of `dtype` of the parts' shapes.

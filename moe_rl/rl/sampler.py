@@ -12,6 +12,7 @@ from moe_rl.models.layers import place
 from moe_rl.models.transformer import Transformer, one_by_one
 from moe_rl.runtime.programs import DECODING
 
+FIRST_ROOM = 1 / 2  # of a completion's cells, which are read whole at every step, at first: one more loop to compile
 FEW_ROWS = 3 / 8  # of all, that go on among themselves: one more loop to compile, 2 s on two CPU cores
 
 
@@ -48,20 +49,41 @@ def row_keys(key: jax.Array, problem_B: jax.Array, group: int) -> jax.Array:
   return jax.vmap(lambda p: jax.vmap(lambda g: one(p, g))(jnp.arange(group)))(problem_B)
 
 
-def draw(key_BxG, position, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
-  """(token int32 [B, G], its log-prob): inverse CDF of one uniform number a row, addressed by position."""
-  uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position))))(key_BxG)
-  p = jnp.exp(logp_BxGxV)
-  cdf = jnp.where(p > 0, jnp.cumsum(p, axis=-1), 0.0)  # a sum in parallel steps up by rounding even where p is 0
-  token = jnp.argmax(cdf > uniform[..., None] * cdf.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
+def noise(key_BxG: jax.Array, places: int) -> jax.Array:
+  """Uniform numbers in [0, 1), float32 [B, G, S], each addressed by its row's key and its position."""
+  def of_row(key):
+    return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position)))(jnp.arange(places))
+  return jax.vmap(jax.vmap(of_row))(key_BxG)
+
+
+def draw(uniform_BxG, logp_BxGxV) -> tuple[jax.Array, jax.Array]:
+  """(token int32 [B, G], its log-prob): inverse CDF of a uniform number, by blocks of tokens and then within one, as
+  sums of a whole vocabulary's length are slow."""
+  vocabulary = logp_BxGxV.shape[-1]
+  width = 1 << vocabulary.bit_length() // 2
+  padded = jnp.pad(jnp.exp(logp_BxGxV), ((0, 0), (0, 0), (0, -vocabulary % width)))
+  p = padded.reshape(*uniform_BxG.shape, -1, width)
+  block, rest = _first_above(uniform_BxG, p.sum(-1))
+  within, _ = _first_above(rest, jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :])
+  token = block * width + within
   return token, jnp.take_along_axis(logp_BxGxV, token[..., None], axis=-1)[..., 0]
+
+
+def _first_above(u, p) -> tuple[jax.Array, jax.Array]:
+  """(the first entry of p [..., n] up to which its sum exceeds the part u of the whole; how far u is into that entry,
+  below 1)."""
+  cdf = jnp.where(p > 0, jnp.cumsum(p, axis=-1), 0.0)  # a sum in parallel steps up by rounding even where p is 0
+  wanted = u * cdf.max(-1)
+  first = jnp.argmax(cdf > wanted[..., None], axis=-1).astype(jnp.int32)
+  end, own = (jnp.take_along_axis(x, first[..., None], axis=-1)[..., 0] for x in (cdf, p))
+  return first, jnp.clip(1 - (end - wanted) / own, 0.0, 1 - jnp.finfo(jnp.float32).eps)
 
 
 @flax.struct.dataclass
 class Rows:
-  """Completions under way, [B, G, …] each; response, logps and picks as `Rollout` has them."""
+  """Completions under way, [B, G, …] each; uniform: `noise`; response, logps and picks as `Rollout` has them."""
 
-  key: jax.Array
+  uniform: jax.Array
   token: jax.Array
   stopped: jax.Array
   response: jax.Array
@@ -94,7 +116,7 @@ def put_rows(rows: Rows, which_M: jax.Array, some: Rows) -> Rows:
   """The rows with those of `narrowed` put back."""
   def put(x, new):
     return x.reshape(-1, *x.shape[2:]).at[which_M].set(new[:, 0]).reshape(x.shape)
-  return jax.tree.map(put, rows.replace(key=None), some.replace(key=None))
+  return jax.tree.map(put, rows.replace(uniform=None), some.replace(uniform=None))
 
 
 def few_of(rows: int, layout) -> int:
@@ -109,8 +131,9 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
   """(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout, to be jitted. Shapes depend on B and P only.
 
   key: addressed by (run seed, purpose, step); the sampler folds in problem, sample and position. It stops when all
-  rows have ended, each at the first eos_id, of which there may be several. On CPU the last rows go on among themselves,
-  as there a step costs what its rows cost. record_picks: the rollout says which experts each token went to.
+  rows have ended, each at the first eos_id, of which there may be several. On CPU, where a step costs what its rows and
+  their cells cost, there are few cells at first and the last rows go on among themselves. record_picks: the rollout
+  says which experts each token went to.
   """
   model = net.config
 
@@ -123,27 +146,29 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
 
   def sample(variables, prompt_BxP, prompt_length_B, problem_B, key) -> Rollout:
     batch, length = prompt_BxP.shape
-    keys = row_keys(key, problem_B, group)
+    split = one_by_one(model, net.layout)
+    room = math.ceil(max_new * FIRST_ROOM) if split else max_new
+    uniform = noise(row_keys(key, problem_B, group), max_new)
 
     def ends(token):
       return jnp.isin(token, jnp.array(eos_id))
 
-    def choose(position, hidden, keys):
+    def choose(uniform, hidden):
       logits = net.apply(variables, hidden, method=net.logits)
       logp = distribution(logits, temperature, top_k, top_p)
-      return draw(keys, position, jnp.broadcast_to(logp, (*keys.shape, logp.shape[-1])))
+      return draw(uniform, jnp.broadcast_to(logp, (*uniform.shape, logp.shape[-1])))
 
     with jax.named_scope('prefill'):
       positions = jnp.broadcast_to(jnp.arange(length), prompt_BxP.shape)
       segments = (positions < prompt_length_B[:, None]).astype(jnp.int32)
       out, prompt_picks = apply(variables, prompt_BxP, positions, segments, with_cells=True)
       last = jnp.take_along_axis(out.hidden_NxTxD, (prompt_length_B - 1)[:, None, None], axis=1)
-      own = place(net, jnp.zeros((model.layers, batch, group, max_new, model.latent_dim), out.cells_LxNxTxZ.dtype),
+      own = place(net, jnp.zeros((model.layers, batch, group, room, model.latent_dim), out.cells_LxNxTxZ.dtype),
                   None, 'batch', 'places', None, None)
       cells = place(net, out.cells_LxNxTxZ, None, 'batch', None, None)  # whole on each device of a prompt's completions
       cache = LatentCache(cells, own, prompt_length_B, jnp.zeros((), jnp.int32))
-      cache = cache.split() if one_by_one(model, net.layout) else cache
-      token, logp = choose(0, last, keys)
+      cache = cache.split() if split else cache
+      token, logp = choose(uniform[..., 0], last)
 
     response = jnp.zeros((batch, group, max_new), jnp.int32).at[:, :, 0].set(token)
     logps = jnp.zeros((batch, group, max_new), jnp.float32).at[:, :, 0].set(logp)
@@ -154,24 +179,27 @@ def make_sampler(net: Transformer, *, group: int, max_new: int, eos_id: int | tu
     def step(state: Decoding) -> Decoding:
       t, rows = state.t, state.rows
       (hidden, cache), read = apply(variables, rows.token, state.cache, ~rows.stopped, method=net.decode)
-      token, logp = choose(t, hidden, rows.key)
+      token, logp = choose(jax.lax.dynamic_index_in_dim(rows.uniform, t, axis=2, keepdims=False), hidden)
       token, logp = jnp.where(rows.stopped, 0, token), jnp.where(rows.stopped, 0.0, logp)
       response = jax.lax.dynamic_update_slice_in_dim(rows.response, token[..., None], t, axis=2)
       logps = jax.lax.dynamic_update_slice_in_dim(rows.logps, logp[..., None], t, axis=2)
       picks = rows.picks
       if record_picks:  # of the token before this one, which the model has just read
         picks = jax.lax.dynamic_update_slice_in_dim(picks, jnp.moveaxis(read, 0, 2)[:, :, None], t - 1, axis=2)
-      return Decoding(t + 1, Rows(rows.key, token, rows.stopped | ends(token), response, logps, picks), cache)
+      return Decoding(t + 1, Rows(rows.uniform, token, rows.stopped | ends(token), response, logps, picks), cache)
 
-    def decode(state: Decoding, until: int) -> Decoding:
-      """Until no more than so many rows go on, or their places are full."""
+    def decode(state: Decoding, until: int, places: int = max_new) -> Decoding:
+      """Until no more than so many rows go on, or so many places are full."""
       def going_on(state):
-        return (state.t < max_new) & ((~state.rows.stopped).sum() > until)
+        return (state.t < places) & ((~state.rows.stopped).sum() > until)
       return jax.lax.while_loop(going_on, step, state)
 
     with jax.named_scope(DECODING):
-      state = Decoding(jnp.ones((), jnp.int32), Rows(keys, token, ends(token), response, logps, picks), cache)
-      few = few_of(batch * group, net.layout) if one_by_one(model, net.layout) else 0
+      state = Decoding(jnp.ones((), jnp.int32), Rows(uniform, token, ends(token), response, logps, picks), cache)
+      few = few_of(batch * group, net.layout) if split else 0
+      if room < max_new:
+        state = decode(state, few, room)
+        state = state.replace(cache=state.cache.with_room(max_new))
       state = decode(state, few)
       rows = state.rows
       if few:
