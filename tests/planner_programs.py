@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_rl.models.transformer import write_cell
 from moe_rl.planner import topologies
 from moe_rl.planner.programs import Made
 from moe_rl.runtime.programs import Program
@@ -61,6 +62,28 @@ def make(topology) -> Made:
     Program('stacked', jax.jit(stacked), (array((8, 1024), P()), *[array((12, 2048, 1024), P())] * 2)),
     Program('too big', jax.jit(jnp.sin), (array((1 << 16, 1 << 18), P()),)),
   ], mesh, resident={'kept': array((1024, 1024), P('a'))})
+
+
+def decoding(topology) -> Made:
+  """Layers in a scan that read their own cells, all layers' carried by it, and write one each: a token's step."""
+  mesh = Mesh(topologies.order(topology, (topology.devices,)), ('a',))
+
+  def array(shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+  def layer(carried, layer):
+    x, own, length = carried
+    weights = jax.nn.softmax(jnp.einsum('bgsz,bghz->bghs', own[layer], x).astype(jnp.float32)).astype(x.dtype)
+    attended = jnp.einsum('bghs,bgsz->bghz', weights, own[layer])
+    return (attended, write_cell(own, attended[:, :, 0], layer, length), length), None
+
+  def steps(x, own, length):
+    def step(_, carried):
+      x, own, length = jax.lax.scan(layer, carried, jnp.arange(8))[0]
+      return x, own, length + 1
+    return jax.lax.fori_loop(0, 100, step, (x, own, length))
+  arguments = array((1, 4, 128, 576)), array((8, 1, 4, 4096, 576)), array((), jnp.int32)
+  return Made([Program('decoding', jax.jit(steps, donate_argnums=1), arguments)], mesh)
 
 
 def end(status: int, words: str):

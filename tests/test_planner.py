@@ -257,6 +257,17 @@ def test_a_scan_over_layers_reads_each_layers_weights_once(compiled):
 
 
 @needs_libtpu
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'tpu7x:2x2x1'])
+def test_decode_copies_no_cells_to_write_one(topology):
+  """100 steps of 8 layers of 18.9 MB of cells: each layer's are read twice, and scores may go to HBM and back; all
+  layers' cells copied there and back in each layer would be 32 times a layer's."""
+  program, = compile_all(parse(topology), 'tests.planner_programs:decoding', {}).programs
+  cells = 4 * 4096 * 576 * 2
+  total = count.count(hlo.parse(program.hlo)).total()
+  assert 2 * cells <= total.hbm / 800 < 4 * cells
+
+
+@needs_libtpu
 def test_memory_is_the_compilers_and_what_does_not_fit_is_told(compiled):
   nested = compiled['nested']
   assert nested.memory['arguments'] == nested.memory['outputs'] == 512 * 512 * 2

@@ -4,6 +4,7 @@ Attention is latent or grouped, the feed-forward sparse or dense, the head its o
 """
 
 import dataclasses
+import math
 
 import flax
 import flax.linen as nn
@@ -19,6 +20,7 @@ from moe_rl.models.moe import MoE, RouterStats
 from moe_rl.runtime.mesh import Layout
 
 FEW_LAYERS = 8  # of a model, for `one_by_one`
+CELL_BLOCK = 128  # own cells that are written at once: a TPU's lanes, along which the compiler lays them
 RESIDUAL = ('batch', 'places', None)  # logical axes of [N, T, D] between blocks
 MIDDLE = 'between attention and feed-forward'  # what remat 'halves' keeps
 
@@ -61,8 +63,7 @@ class Block(nn.Module):
     normed = self.attention_norm(x)
     cell = self.attention.cells(normed, positions)
     attended = self.attention.decode(normed, positions, prompt[layer], own[layer], prompt_length, own_length, cell)
-    own = jax.lax.dynamic_update_slice(own, cell[None, :, :, None], (layer, 0, 0, own_length, 0))
-    return (self.attended(x, attended, live), own), None
+    return (self.attended(x, attended, live), write_cell(own, cell, layer, own_length)), None
 
   def decode_layer(self, x, cells, positions, prompt_length, own_length, live):
     """The same where the cells are the layer's alone, with its cell written first. Returns x and the longer own
@@ -81,6 +82,20 @@ class Block(nn.Module):
     normed = self.ff_norm(x)
     y, stats = self.ff(normed, valid) if self.moe else (self.ff(normed), None)
     return place(self, x + y, *RESIDUAL), stats
+
+
+def write_cell(own_LxBxGxSxZ, cell_BxGxZ, layer, at):
+  """Puts a cell of each completion in its place, in place.
+
+  It is written with its neighbours, in a block that begins at a multiple of its length. tpu7x's compiler wants shorter
+  tiles for a write that begins anywhere: it copied all layers' cells to those and back, in every layer.
+  """
+  layers, batch, group, cells, width = own_LxBxGxSxZ.shape
+  block = math.gcd(cells, CELL_BLOCK)
+  start = (layer, 0, 0, at // block * block, 0)
+  old = jax.lax.dynamic_slice(own_LxBxGxSxZ, start, (1, batch, group, block, width))
+  here = (jnp.arange(block) == at % block)[:, None]
+  return jax.lax.dynamic_update_slice(own_LxBxGxSxZ, jnp.where(here, cell_BxGxZ[None, :, :, None], old), start)
 
 
 def rematerialised(config: ModelConfig) -> type[nn.Module]:
