@@ -84,6 +84,24 @@ def test_every_path_gives_the_defined_sum_and_all_its_gradients(path, name):
     assert np.abs(a - b).max() <= RELATIVE * np.abs(b).max()  # 0 where all is padding
 
 
+@pytest.mark.parametrize('name', ROUTINGS)
+def test_gate_and_up_weights_are_not_copied_side_by_side_where_they_are_large(name, monkeypatch):
+  """And then give the same: sums over the width and over both halves in another order, within `RELATIVE`."""
+  def joins() -> bool:
+    jax.clear_caches()
+    program = jax.make_jaxpr(lambda *a: moe.experts(a[0], ROUTINGS[name], *a[1:], 'rounds'))(*layer()[:-1])
+    return f'{EXPERTS},{WIDTH},{2 * HIDDEN}]' in str(program)
+  wanted = value_and_gradients('rounds', ROUTINGS[name], *layer())
+  assert joins()
+  monkeypatch.setattr(moe, 'JOINED_BELOW', 0)
+  assert not joins()
+  got = value_and_gradients('rounds', ROUTINGS[name], *layer())
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert np.abs(a - b).max() <= RELATIVE * np.abs(b).max()
+  monkeypatch.undo()
+  jax.clear_caches()  # other tests trace anew
+
+
 @pytest.mark.parametrize('path', PATHS)
 @pytest.mark.parametrize('name', ['one expert takes every token', 'one expert takes every pair', 'padding'])
 def test_no_token_is_dropped(path, name):

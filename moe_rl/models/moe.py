@@ -21,6 +21,7 @@ from moe_rl.models.layers import SwiGLU, place, product, weight
 from moe_rl.runtime.mesh import Layout
 
 FIRST_ROUND, BLOCK = 1.25, 0.25  # slots of an expert's buffer, and of a block of overflow, over its even share
+JOINED_BELOW = 2**22  # entries of gate and up weights; beyond, copying them side by side costs more than it saves
 DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
 
 
@@ -242,6 +243,17 @@ def _take_slots(y_ExCxD, slot_NxK):
   return picked.sum(1)
 
 
+def _joined(w_gate, w_up) -> list[jax.Array]:
+  """The two side by side, as one product is faster than two; as they are, where they are large."""
+  return [w_gate, w_up] if 2 * w_gate.size > JOINED_BELOW else [jnp.concatenate([w_gate, w_up], axis=-1)]
+
+
+def _gate_and_up(rows, w_in):
+  """Products of rows [E, C, D] with both."""
+  products = [_mm(rows, w) for w in w_in]
+  return products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
+
+
 @jax.custom_vjp
 def _rounds(x, gate, w_gate, w_up, w_down, picked):
   """Experts over buffers [E, C, D]: batched products of all experts once, then of blocks of those that overflow.
@@ -256,14 +268,14 @@ def _rounds(x, gate, w_gate, w_up, w_down, picked):
 def _rounds_forward(x, gate, w_gate, w_up, w_down, picked):
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
   plan, sizes = _plan(picked, num_experts), _sizes(picked.size, num_experts)
-  w_in = jnp.concatenate([w_gate, w_up], axis=-1)  # one product is faster than two
+  w_in = _joined(w_gate, w_up)
 
   def compute(pair, used, w_in, w_down):
-    a, b = jnp.split(_mm(x[pair // top_k], w_in), 2, axis=-1)
+    a, b = _gate_and_up(x[pair // top_k], w_in)
     return _mm(nn.silu(a) * b, w_down) * (gate.reshape(-1)[pair] * used)[..., None]
 
   def block(y, expert, pair, used):
-    return y.at[pair // top_k].add(compute(pair, used, w_in[expert], w_down[expert]))
+    return y.at[pair // top_k].add(compute(pair, used, [w[expert] for w in w_in], w_down[expert]))
   pair, used, slot = _first_round(plan, picked, sizes[0], num_experts)
   y = _over_blocks(block, _take_slots(compute(pair, used, w_in, w_down), slot), plan, sizes)
   return y, (x, gate, w_gate, w_up, w_down, picked)
@@ -273,31 +285,35 @@ def _rounds_backward(saved, dy):
   x, gate, w_gate, w_up, w_down, picked = saved
   num_experts, top_k = w_gate.shape[0], picked.shape[1]
   plan, sizes = _plan(picked, num_experts), _sizes(picked.size, num_experts)
-  w_in = jnp.concatenate([w_gate, w_up], axis=-1)
+  w_in = _joined(w_gate, w_up)
 
   def compute(pair, used, w_in, w_down):
     """Gradients of the rows and gates of some slots, and of their experts' weights."""
     rows, dout = x[pair // top_k], dy[pair // top_k] * used[..., None]
     gate_slot = gate.reshape(-1)[pair][..., None]
-    a, b = jnp.split(_mm(rows, w_in), 2, axis=-1)
+    a, b = _gate_and_up(rows, w_in)
     sigmoid = nn.sigmoid(a)
     silu = a * sigmoid
     hidden = silu * b
     dhidden = _mm(dout, w_down.swapaxes(1, 2))
     dgate = (dhidden * hidden).sum(-1)
     dhidden = dhidden * gate_slot
-    dab = jnp.concatenate([dhidden * b * (sigmoid + silu * (1 - sigmoid)), dhidden * silu], axis=-1)
-    return _mm(dab, w_in.swapaxes(1, 2)), dgate, _outer(rows, dab), _outer(hidden * gate_slot, dout)
+    dab = [dhidden * b * (sigmoid + silu * (1 - sigmoid)), dhidden * silu]
+    dab = dab if len(w_in) == 2 else [jnp.concatenate(dab, axis=-1)]
+    drows = sum(_mm(d, w.swapaxes(1, 2)) for d, w in zip(dab, w_in, strict=True))
+    return drows, dgate, [_outer(rows, d) for d in dab], _outer(hidden * gate_slot, dout)
 
   def block(grads, expert, pair, used):
-    dx, dgate, dw_in, dw_down = compute(pair, used, w_in[expert], w_down[expert])
-    return (grads[0].at[pair // top_k].add(dx), grads[1].at[pair].add(dgate), grads[2].at[expert].add(dw_in),
+    dx, dgate, dw_in, dw_down = compute(pair, used, [w[expert] for w in w_in], w_down[expert])
+    return (grads[0].at[pair // top_k].add(dx), grads[1].at[pair].add(dgate),
+            [total.at[expert].add(dw) for total, dw in zip(grads[2], dw_in, strict=True)],
             grads[3].at[expert].add(dw_down))
   pair, used, slot = _first_round(plan, picked, sizes[0], num_experts)
   dx, dgate, dw_in, dw_down = compute(pair, used, w_in, w_down)
   first = (_take_slots(dx, slot), dgate.reshape(-1).at[slot.reshape(-1)].get(mode='fill', fill_value=0), dw_in, dw_down)
   dx, dgate, dw_in, dw_down = _over_blocks(block, first, plan, sizes)
-  return dx, dgate.reshape(gate.shape), *jnp.split(dw_in, 2, axis=-1), dw_down, None
+  dw_gate_up = dw_in if len(dw_in) == 2 else jnp.split(dw_in[0], 2, axis=-1)
+  return dx, dgate.reshape(gate.shape), *dw_gate_up, dw_down, None
 
 
 _rounds.defvjp(_rounds_forward, _rounds_backward)
