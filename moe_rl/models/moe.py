@@ -21,7 +21,7 @@ from moe_rl.models.layers import SwiGLU, place, product, weight
 from moe_rl.runtime.mesh import Layout
 
 FIRST_ROUND, BLOCK = 1.25, 0.25  # slots of an expert's buffer, and of a block of overflow, over its even share
-JOINED_BELOW = 2**22  # entries of gate and up weights; beyond, copying them side by side costs more than it saves
+JOINED_BELOW = 2**20  # entries of gate and up weights; beyond, copying them side by side costs more than it saves
 DENSE_BELOW = 32  # tokens; below, sorting and gathering cost more than the products they save (2-core CPU)
 
 

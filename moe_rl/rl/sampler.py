@@ -49,11 +49,14 @@ def row_keys(key: jax.Array, problem_B: jax.Array, group: int) -> jax.Array:
   return jax.vmap(lambda p: jax.vmap(lambda g: one(p, g))(jnp.arange(group)))(problem_B)
 
 
+def noise_at(key_BxG: jax.Array, position) -> jax.Array:
+  """Uniform numbers in [0, 1), float32 [B, G], addressed by row and position."""
+  return jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position))))(key_BxG)
+
+
 def noise(key_BxG: jax.Array, places: int) -> jax.Array:
-  """Uniform numbers in [0, 1), float32 [B, G, S], each addressed by its row's key and its position."""
-  def of_row(key):
-    return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position)))(jnp.arange(places))
-  return jax.vmap(jax.vmap(of_row))(key_BxG)
+  """`noise_at` of so many positions, float32 [B, G, S]."""
+  return jax.vmap(lambda position: noise_at(key_BxG, position), out_axes=-1)(jnp.arange(places))
 
 
 def draw(uniform_BxG, logp_BxGxV) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import numpy as np
 from moe_rl.models.attention import LatentCache
 from moe_rl.models.heads import distribution
 from moe_rl.models.transformer import Transformer
-from moe_rl.rl.sampler import draw, row_keys
+from moe_rl.rl.sampler import draw, noise_at, row_keys
 
 SHORTEST = 64  # tokens of the narrowest prefill; wider ones double
 
@@ -52,7 +52,7 @@ class Stream:
     logits = self.net.apply(variables, hidden_1x1xD, method=self.net.logits)
     if not self.temperature:
       return jnp.argmax(logits[0, 0]).astype(jnp.int32)
-    token, _ = draw(keys_1x1, position, distribution(logits, self.temperature, 0, self.top_p))
+    token, _ = draw(noise_at(keys_1x1, position), distribution(logits, self.temperature, 0, self.top_p))
     return token[0, 0]
 
   def start(self, prompt: Sequence[int], key: jax.Array, problem: int = 0) -> 'Response':
