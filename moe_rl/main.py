@@ -80,11 +80,7 @@ def parse_flags(argv: list[str], names=FLAGS) -> list[str]:
 
 def check_flags(arguments: list[str]):
   """Raises ValueError for an experiment, preset or key that is not there, or a value that does not fit its key."""
-  given = []  # (name, value), value from `--name=value` or `--name value`
-  for argument, following in zip(arguments, [*arguments, ''][1:], strict=True):
-    name, equals, value = argument.partition('=')
-    if name.startswith('-'):
-      given.append((name.lstrip('-'), value if equals else following))
+  given = named(arguments)
   experiment = dict(given).get('config')
   if not experiment:
     return
@@ -92,6 +88,16 @@ def check_flags(arguments: list[str]):
   for name, value in given:
     if name.startswith('config.'):
       check_value(name, value, find(config, name.removeprefix('config.')))
+
+
+def named(arguments: list[str]) -> list[tuple[str, str]]:
+  """(name, value) of the flags among them, from `--name=value` or `--name value`."""
+  given = []
+  for argument, following in zip(arguments, [*arguments, ''][1:], strict=True):
+    name, equals, value = argument.partition('=')
+    if name.startswith('-'):
+      given.append((name.lstrip('-'), value if equals else following))
+  return given
 
 
 def check_value(name: str, value: str, default):
@@ -129,6 +135,11 @@ def load_experiment(path: str, preset: str = ''):
 
   Raises ValueError if there is no such file or, from the experiment itself, no such preset.
   """
+  return experiment_module(path).get_config(*[preset] if preset else [])
+
+
+def experiment_module(path: str):
+  """The module of an experiment file. Raises ValueError, with the nearest, if there is none."""
   if not (path.endswith('.py') and os.path.isfile(path)):
     near = difflib.get_close_matches(path, glob.glob(os.path.join(os.path.dirname(path), '*.py')), 1)
     raise ValueError(f"there is no experiment '{path}'" + (f': did you mean {near[0]}?' if near else
@@ -136,7 +147,7 @@ def load_experiment(path: str, preset: str = ''):
   spec = importlib.util.spec_from_file_location('experiment', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(*[preset] if preset else [])
+  return module
 
 
 def launch(config, workdir, place=('', 0, -1), wait_s: float = 300) -> dict:

@@ -113,7 +113,26 @@ class Progress:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
+  try:
+    argv = with_slice(argv)
+  except ValueError as e:
+    fail(e)
   return entry.parse_flags(argv, FLAGS)
+
+
+def with_slice(argv: list[str]) -> list[str]:
+  """argv with `PRESET@SLICE` for its PRESET, where the experiment has a table, `SLICES`, for --topology; says so."""
+  given = dict(entry.named(argv[1:]))
+  experiment, topology = given.get('config', ''), given.get('topology', '')
+  path, _, preset = experiment.partition(':')
+  tables = getattr(entry.experiment_module(path), 'SLICES', {}).get(preset, {}) if path else {}
+  if topology in tables:
+    print(f'{preset} as the table of {path} has it for this slice: {experiment}@{topology}', file=sys.stderr)
+    return [a[:-len(experiment)] + f'{experiment}@{topology}' if a.endswith(experiment) else a for a in argv]
+  if tables and topology:
+    print(f'{path} has no table of {preset} for {topology} (it has {", ".join(tables)}), so the mesh is config.mesh; '
+          '--suggest finds one', file=sys.stderr)
+  return argv
 
 
 if __name__ == '__main__':

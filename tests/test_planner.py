@@ -290,6 +290,21 @@ def test_the_command_refuses(arguments, wanted):
   assert done.returncode == 2 and wanted in done.stderr and 'Traceback' not in done.stderr
 
 
+@pytest.mark.parametrize('given, wanted', [
+  (['--config=experiments/r1_zero.py:v3_671b', '--topology=v5p:8x8x16', '--config.seed=1'],
+   ['--config=experiments/r1_zero.py:v3_671b@v5p:8x8x16', '--topology=v5p:8x8x16', '--config.seed=1']),
+  (['--topology', 'v5p:8x8x8', '--config', 'experiments/pretrain.py:v3_671b'],
+   ['--topology', 'v5p:8x8x8', '--config', 'experiments/pretrain.py:v3_671b@v5p:8x8x8']),
+  (['--config=experiments/r1_zero.py:v3_671b@v5p:8x8x16', '--topology=tpu7x:4x8x8'], None),
+  (['--config=experiments/sft.py:small', '--topology=v5p:8x8x16'], None),
+  (['--config=experiments/r1_zero.py:v3_671b', '--topology=v5p:4x4x8'], None)])
+def test_a_preset_is_planned_with_its_table_of_the_slice(given, wanted, capsys):
+  assert plan.with_slice(['plan', *given]) == ['plan', *(wanted or given)]
+  said = capsys.readouterr().err
+  assert ('has it for this slice' in said) == bool(wanted)
+  assert ('it has v5p:8x8x16, tpu7x:4x8x8), so the mesh is config.mesh' in said) == ('--topology=v5p:4x4x8' in given)
+
+
 @pytest.mark.parametrize('topology, changes, wanted', [
   ('v5e:2x4', {'mesh.tensor': 8}, r'config.mesh.tensor \(8\) does not divide config.model.heads \(4\): take a divisor'),
   ('v5e:4x4', {'mesh.expert': 16}, r'config.mesh.expert x tensor \(16\) does not divide config.model.experts \(8\)'),
