@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_rl.models.attend import attend
 from moe_rl.models.transformer import write_cell
 from moe_rl.planner import topologies
 from moe_rl.planner.programs import Made
+from moe_rl.runtime.mesh import AXES, Layout
 from moe_rl.runtime.programs import Program
 
 
@@ -84,6 +86,21 @@ def decoding(topology) -> Made:
     return jax.lax.fori_loop(0, 100, step, (x, own, length))
   arguments = array((1, 4, 128, 576)), array((8, 1, 4, 4096, 576)), array((), jnp.int32)
   return Made([Program('decoding', jax.jit(steps, donate_argnums=1), arguments)], mesh)
+
+
+def attending(topology) -> Made:
+  """The fused kernel, there and back, on V3's widths of heads and a row of R1-Zero's length with its prompt."""
+  layout = Layout(Mesh(topologies.order(topology, (topology.devices, 1, 1, 1)), AXES))
+  rows = NamedSharding(layout.mesh, P('data'))
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((topology.devices, *shape), dtype, sharding=rows)
+
+  def gradients(query, key, value, segments):
+    return jax.grad(lambda *a: attend(*a, segments, layout).astype(jnp.float32).sum(), (0, 1, 2))(query, key, value)
+  length = 33_792
+  return Made([Program('attending', jax.jit(gradients), (
+    array(length, 2, 192), array(length, 2, 192), array(length, 2, 128), array(length, dtype=jnp.int32)))], layout.mesh)
 
 
 def end(status: int, words: str):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from tiny import AS_IN_A_RUN
 
-from moe_rl.models.attend import attend, query_block
+from moe_rl.models import attend as attention
+from moe_rl.models.attend import attend, kernel_blocks, query_block
 from moe_rl.models.attention import MLA, LatentCache
 from moe_rl.models.config import Yarn, preset, yarn_magnitude
 from moe_rl.models.rope import TABLE, frequencies, rotate, yarn_range
 from moe_rl.models.transformer import Transformer, init
+from moe_rl.runtime.mesh import Layout, make_mesh
 
 MINIATURE = dict(vocab_size=64, width=32, dense_ff=48, heads=2, kv_lora=16, nope_dim=8, rope_dim=8, v_dim=8,
                  expert_ff=16, layers=2, mtp_layers=0)
@@ -316,3 +318,40 @@ def test_long_rows_go_by_blocks_and_give_the_defined_attention_and_its_gradients
   wanted, pull_wanted = jax.vjp(defined, q, k, v)
   for a, b in zip((got, *pull(weight)), (wanted, *pull_wanted(weight)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize('unit', [128, 512])
+def test_the_tpu_kernel_gives_the_same_attention_and_gradients_padded_to_its_unit(unit, monkeypatch):
+  """JAX's kernel, interpreted, against blocks in plain XLA, with packed segments and keys wider than values. Sums in
+  float32 differ by their order: some 1e-6 of numbers around 1."""
+  monkeypatch.setattr(attention, 'LONG', 256)
+  monkeypatch.setattr(attention, 'LONG_UNIT', unit)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.array(rng.normal(size=(2, 300, 2, d)) / d**0.25, jnp.float32) for d in (24, 24, 16))
+  segments = jnp.array(np.sort(rng.integers(0, 3, (2, 300)), axis=1))
+  weights = jnp.array(rng.normal(size=v.shape), jnp.float32)
+  layout = Layout(make_mesh({'data': 1, 'fsdp': 1, 'expert': 1, 'tensor': 1}, jax.devices()[:1]))
+
+  def of(form):
+    def total(q, k, v):
+      out = form(q, k, v)
+      return (out * weights).sum(), out
+    (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+    return out, *gradients
+  kernel = of(lambda q, k, v: attention._kernel(layout, q, k, v, segments, interpret=True))
+  for got, wanted in zip(kernel, of(lambda q, k, v: attend(q, k, v, segments)), strict=True):
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_blocks_of_the_tpu_kernel_divide_the_row_are_few_and_fit_its_memory():
+  """Keys of 192 and values of 128, which take 384 lanes; a block of keys holds 12 bytes a lane in bfloat16, 20 in
+  float32, and the kernel has 16 MiB for it and its tiles."""
+  assert kernel_blocks(33_792, 192, 128, 2) == (512, 1536)  # 3,072 leave fewer gradients to add up, and do not fit
+  assert kernel_blocks(66_560, 192, 128, 2) == (512, 2560)
+  assert kernel_blocks(4096, 192, 128, 2) == (512, 1024)
+  assert kernel_blocks(640, 192, 128, 2) == (128, 640)
+  for itemsize in (2, 4):
+    for length in range(9 * 1024, 66 * 1024, 1024):
+      block, wide = kernel_blocks(length, 192, 128, itemsize)
+      assert length % wide == wide % block == 0 and wide >= 1024, length
+      assert wide * 384 * (4 * itemsize + 4) <= 12 * 2**20, length

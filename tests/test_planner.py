@@ -268,6 +268,13 @@ def test_decode_copies_no_cells_to_write_one(topology):
 
 
 @needs_libtpu
+def test_code_of_the_attention_kernel_fits_the_chips_vector_memory():
+  """Which the compiler finds out as it generates code: HLO and HBM say nothing of it."""
+  program, = compile_all(parse('v5p:2x2x1'), 'tests.planner_programs:attending', {}).programs
+  assert not program.error and not program.cut and program.memory['code'] > 0, program.error
+
+
+@needs_libtpu
 def test_memory_is_the_compilers_and_what_does_not_fit_is_told(compiled):
   nested = compiled['nested']
   assert nested.memory['arguments'] == nested.memory['outputs'] == 512 * 512 * 2

@@ -50,6 +50,19 @@ def test_help_says_what_it_starts_and_what_it_costs_an_hour(tpu, script):
   assert 'set -euo' not in done.stdout
 
 
+@pytest.mark.parametrize('script', ['install.sh', 'run.sh', 'logs.sh', 'fetch.sh', 'delete.sh'])
+@pytest.mark.parametrize('type_, cost', [
+  ('v5litepod-16', 'exists: on demand about $19.20 an hour ($1.20 a chip-hour, list price'),
+  ('tpu7x-8', 'exists: its chips times the price in prices.txt, an hour'),  # no type of theirs, so no price
+  ('', 'exists: its chips times the price in prices.txt, an hour')])
+def test_what_starts_and_what_the_tpu_goes_on_costing_is_printed(tpu, script, type_, cost):
+  args = CALLS[script][0] if script in CALLS else {'install.sh': (), 'run.sh': ('--', *RUN)}[script]
+  done = tpu.call(script, *TARGET, '--dry-run', *args, env={'TPU_TYPE': type_})
+  assert done.returncode == 0, done.stderr
+  line, = [line for line in done.stdout.splitlines() if line.startswith('Starts ')]
+  assert cost in line and 'Costs nothing by itself' in line and 'my-tpu is billed' in line
+
+
 @pytest.mark.parametrize('args, cost', [
   (('--type=v5p-8',), '4 chips, on demand. Costs about $16.80 an hour ($4.20 a chip-hour'),  # 8 cores
   (('--type=v4-32',), '16 chips, on demand. Costs about $51.52 an hour ($3.22 a chip-hour'),

@@ -45,7 +45,8 @@ def test_what_a_dry_run_prints_is_what_runs(tpu):
     tpu.run(argument, options=options)
     ran = tpu.gcloud_calls()[before:]
     # A shell reads the printed lines back into the very words that gcloud got.
-    text = shown.split('\nFollow host 0:')[0].replace('+ gcloud', f'{sys.executable} -c "$dump"')
+    printed = shown[shown.index('+ gcloud'):shown.index('\nFollow host 0:')]
+    text = printed.replace('+ gcloud', f'{sys.executable} -c "$dump"')
     dump = 'import json, sys; print(json.dumps(sys.argv[1:]))'
     read = subprocess.run(
       ['bash', '-c', text], env={'dump': dump}, capture_output=True, text=True, check=True

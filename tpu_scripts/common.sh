@@ -139,16 +139,31 @@ check_shape() {
   runtime=${runtime:-$image}
 }
 
-# What is created, and its price from prices.txt beside this file.
-show_cost() {
-  awk -v generation="$generation" -v chips="$chips" -v spot="$spot" -v name="$TPU_NAME" -v type="$TPU_TYPE" '
+# What the type costs an hour, by prices.txt beside this file.
+hourly() {
+  awk -v generation="$generation" -v chips="$chips" -v spot="$spot" '
     $1 == generation {
       price = spot ? $3 : $2
-      printf "Starts %s: %s, %d chips, %s. Costs about $%.2f an hour ($%.2f a chip-hour, %s; see prices.txt) until deleted.\n",
-        name, type, chips, spot ? "spot" : "on demand", price * chips, price, spot ? "estimate" : "list price"
+      printf "about $%.2f an hour ($%.2f a chip-hour, %s; see prices.txt)", price * chips, price, spot ? "estimate" : "list price"
       found = 1
     }
     END { exit !found }' "$here/prices.txt" || die "$here/prices.txt has no price of $generation"
+}
+
+# What is created, and its price.
+show_cost() {
+  local how='on demand' cost
+  if ((spot)); then how=spot; fi
+  cost=$(hourly) || exit 2
+  echo "Starts $TPU_NAME: $TPU_TYPE, $chips chips, $how. Costs $cost until deleted."
+}
+
+# $1: what is started beside a TPU VM that is there, whose price is known where its type is.
+show_start() {
+  local cost
+  cost=$(check_shape 2>/dev/null && echo "on demand $(hourly)") ||
+    cost='its chips times the price in prices.txt, an hour (in dollars where TPU_TYPE is set)'
+  echo "Starts $1. Costs nothing by itself; $TPU_NAME is billed while it exists: $cost."
 }
 
 queued() {

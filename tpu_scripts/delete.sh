@@ -29,6 +29,7 @@ while (($#)); do
 done
 check_target
 ((yes || dry_run)) || die "nothing was deleted: $TPU_NAME and the files on its disks go with --yes"
+show_start 'nothing, and ends the billing'
 
 read_queued_state
 if [[ $state == ABSENT ]]; then

@@ -33,6 +33,7 @@ done
 check_target
 [[ -n $workdir ]] || die "no run given: pass --workdir=DIR, the run's own"
 to=${to:-runs/$TPU_NAME}
+show_start 'nothing that stays'
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -32,6 +32,7 @@ while (($#)); do
   shift "$used"
 done
 check_target
+show_start "pip on every host of $TPU_NAME, which ends"
 
 root=$(cd "$here/.." && pwd)
 cd "$root"

@@ -33,6 +33,7 @@ done
 check_target
 [[ $worker =~ ^([0-9]+|all)$ ]] || die "--worker=$worker is no host number and not 'all'"
 [[ $lines =~ ^[0-9]+$ ]] || die "--lines=$lines is no whole number"
+show_start 'nothing'
 
 make_ssh_words "$worker" "tail -n $lines$follow moe_rl_logs/latest.log"
 show_and_run "${ssh_words[@]}" ||

@@ -78,6 +78,7 @@ case $state in
 esac
 wait_until_active
 
+export TPU_TYPE
 options=(--name="$TPU_NAME" --zone="$TPU_ZONE" --project="$TPU_PROJECT")
 if ((dry_run)); then options+=(--dry-run); fi
 # --force: a half of the slice that is still alive would only wait for the other half.

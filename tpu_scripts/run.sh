@@ -43,6 +43,7 @@ check_target
 [[ $watch =~ ^[0-9]+$ ]] || die "--watch=$watch is no whole number of seconds"
 ((separated && $#)) ||
   die 'nothing to run: give moe_rl.main its arguments after --, such as -- --config=experiments/r1_zero.py'
+show_start "one process on every host of $TPU_NAME"
 
 on_host='bash moe_rl/tpu_scripts/on_host.sh'
 if ((force)); then

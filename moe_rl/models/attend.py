@@ -9,7 +9,9 @@ from moe_rl.runtime.mesh import Layout
 
 QUERY_BLOCKS, FEW_BLOCKS, MOST_BLOCKS = (64, 256), 4, 16  # sizes and numbers of blocks of queries, for `query_block`
 MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
-KERNEL_BLOCK, KERNEL_WIDE, KERNEL_UNIT = 512, 4096, 128  # the kernel's tiles at most; what lengths are padded to
+KERNEL_BLOCK = 512  # the kernel's tiles at most
+KERNEL_UNIT, LONG_UNIT, LONG = 128, 1024, 8192  # lengths are padded to these; beyond LONG wide blocks must divide them
+KERNEL_BYTES = 12 * 2**20  # for a block of keys in the backward kernel, of the 16 MiB that v5e and v5p leave a kernel
 MOST_PARTS = 12
 
 
@@ -60,15 +62,25 @@ def _attend(query_NxTxHxK, key_NxSxHxK, value_NxSxHxV, visible_Nx1xTxS):
   return (o / p.sum(-1)[..., None]).astype(v.dtype).swapaxes(1, 2)
 
 
+def kernel_blocks(length: int, key_dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
+  """(queries and keys of a tile, keys of a block in the backward kernel) for rows of `length`, a multiple of 128.
+
+  The backward kernel leaves a gradient of the queries for each of these blocks, to be summed: few are wanted, and
+  narrow ones, as the whole block is computed where any of it is seen. What it holds of a block must fit: keys and
+  values, two deep, and their gradients, two deep and once more in float32, all padded to 128 lanes.
+  """
+  block = next(b for b in (KERNEL_BLOCK, 256, KERNEL_UNIT) if length % b == 0)
+  lanes = sum(-(-d // 128) * 128 for d in (key_dim, value_dim))
+  widest = KERNEL_BYTES // (lanes * (4 * itemsize + 4))
+  widths = [n * block for n in range(1, max(1, widest // block) + 1) if length // block % n == 0]
+  return block, next((w for w in widths if w >= 1024 and length // w <= MOST_PARTS), widths[-1])
+
+
 @functools.cache
-def _splash(heads: int, length: int, interpret: bool):
+def _splash(heads: int, length: int, key_dim: int, value_dim: int, itemsize: int, interpret: bool):
   """The kernel for [H, T, d] arrays, forward and fused backward."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
-  block = next(b for b in (KERNEL_BLOCK, 256, KERNEL_UNIT) if length % b == 0)
-  # The backward kernel leaves a gradient of the queries for each of these blocks, to be summed: few are wanted, and
-  # narrow ones, as the whole block is computed where any of it is seen.
-  widths = [n * block for n in range(1, KERNEL_WIDE // block + 1) if length // block % n == 0]
-  wide = next((w for w in widths if w >= 1024 and length // w <= MOST_PARTS), widths[-1])
+  block, wide = kernel_blocks(length, key_dim, value_dim, itemsize)
   sizes = splash.splash_attention_kernel.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=wide,
     block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
@@ -80,12 +92,12 @@ def _splash(heads: int, length: int, interpret: bool):
 def _kernel(layout, query, key, value, segments, interpret: bool = False):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
   length = query.shape[1]
-  if pad := -length % KERNEL_UNIT:  # padding attends within itself, and is cut off
+  if pad := -length % (LONG_UNIT if length > LONG else KERNEL_UNIT):  # padding attends within itself, and is cut off
     query, key, value = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (query, key, value))
     segments = jnp.pad(segments, ((0, 0), (0, pad)))
 
   def local(q, k, v, segments):
-    kernel = _splash(q.shape[2], q.shape[1], interpret)
+    kernel = _splash(q.shape[2], q.shape[1], q.shape[3], v.shape[3], q.dtype.itemsize, interpret)
 
     def one(q, k, v, segments):
       q, k, v = (a.swapaxes(0, 1) for a in (q, k, v))
