@@ -282,6 +282,20 @@ def test_killed_hosts_stop_the_others_and_all_go_on_as_if_left_alone(listed, tmp
   assert runs.metrics(path) == runs.metrics(alone)
 
 
+def test_a_host_that_hangs_stops_the_other_which_names_it(tmp_path):
+  for_long = PRETRAIN | {'pretrain': PRETRAIN['pretrain'] | dict(steps=100_000)}
+  both = start_both(('pretrain.py', for_long), tmp_path / 'run')
+  runs.wait_until((tmp_path / 'run' / 'metrics.jsonl').exists, both[1])
+  both[1].send_signal(signal.SIGSTOP)
+  hung = time.monotonic()
+  _, err = both[0].communicate(timeout=90)
+  both[1].kill()
+  both[1].communicate()
+  assert 20 < time.monotonic() - hung < 60 and both[0].returncode == 1
+  assert f'error: process 1 ({socket.gethostname()}' in err and 'has given no sign of life for 30 s' in err
+  assert 'process 0 stops too' in err
+
+
 def test_a_host_that_does_not_come_is_named_on_those_that_did(tmp_path):
   port = free_port()
   came = [start_host(NEVER, tmp_path / 'run', port, process, processes=3, wait=8) for process in (0, 2)]

@@ -1,10 +1,9 @@
 """Compiles programs for a slice in a child process, watches it, and reads what it leaves.
 
 The compiler may take minutes and gigabytes and may abort its process: none of this may happen to the caller. A
-program's
-HLO and buffers are read from the compiler's dump, which is written before code is generated; that last part, which
-can be
-most of an hour with large kernels, is cut off after `patience` seconds, as it changes none of the numbers.
+program's HLO and buffers are read from the compiler's dump, which is written before code is generated. That last part
+can take many minutes and is cut off after `patience` seconds: it changes no number but the code's own bytes. But it
+alone finds out whether a kernel's blocks fit the vector memory, so a plan that was cut off does not vouch for that.
 """
 
 import dataclasses
@@ -26,10 +25,10 @@ HOST_MEMORY = 5  # its number in the compiler's dump
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """One program. memory: bytes a device by kind ('arguments', 'outputs', 'aliased', 'temporaries', 'code', 'host'),
-  empty
-  if it could not be compiled; resident: bytes of the run's state that lie in HBM beside it; hlo: its text, '' if there
-  is none; error: why not; over: bytes more than there are, where the compiler says so; compiler: its own estimate
-  (flops, bytes accessed, optimal_seconds: loops counted once); seconds: it took; cut: code was not generated."""
+  empty if it could not be compiled; resident: bytes of the run's state that lie in HBM beside it; hlo: its text, ''
+  if there is none; error: why not; needed: HBM that it takes, where the compiler says so as it refuses; compiler: its
+  own estimate (flops, bytes accessed, optimal_seconds: loops counted once); seconds: it took; cut: code was not
+  generated."""
 
   name: str
   memory: dict[str, float]

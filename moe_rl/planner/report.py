@@ -54,7 +54,7 @@ def _program(p: dict, capacity: float) -> list[str]:
   if any(kinds.values()):
     lines.append('  HBM GiB      ' + ', '.join(f'{k} {v / GIB:.2f}' for k, v in kinds.items() if v))
   if p['error']:
-    lines.append(f'  the compiler: {p["error"].splitlines()[0][:300]}')
+    lines.append(f'  the compiler: {_first_words(p["error"])}')
   if 'seconds' not in p:
     return lines
   s, u = p['seconds'], p['utilisation']
@@ -103,6 +103,11 @@ def _run(plan: dict) -> list[str]:
   return lines
 
 
+def _first_words(error: str) -> str:
+  """Of a compiler's message, which may begin with a line that is only its number."""
+  return ' '.join(error.split())[:300]
+
+
 def remedy(plan: dict) -> str:
   """For each program that does not fit: by how much, and what to do. '' if all fit."""
   out = []
@@ -113,6 +118,6 @@ def remedy(plan: dict) -> str:
                  'further (config.mesh.fsdp, expert, tensor), lower microbatch_rows or prompts_per_step, '
                  'or set config.model.remat=full')
     elif not p['fits']:
-      why = p['error'].splitlines()[0][:300] if p['error'] else 'the compiler left no account of its memory'
+      why = _first_words(p['error']) if p['error'] else 'the compiler left no account of its memory'
       out.append(f'{p["name"]} could not be compiled: {why}')
   return '\n'.join(out)

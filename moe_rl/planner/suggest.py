@@ -18,7 +18,7 @@ from moe_rl.rl.objectives import chosen
 from moe_rl.runtime.mesh import AXES
 
 MAIN = {'rl': ('rollout', 'scoring', 'GRPO update'), 'pretrain': ('pretrain update',)}  # a step, by stage
-PATIENCE = 5.0  # seconds for code generation, which changes none of the numbers
+PATIENCE = 5.0  # seconds for code generation, which changes no number that is ranked
 
 
 @dataclasses.dataclass(frozen=True)

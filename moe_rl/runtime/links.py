@@ -2,7 +2,8 @@
 
 JAX ends a process with a stack trace when another is missing or lost, and does not say which. Here process 0 listens on
 the coordinator's port until all have come, then JAX takes the port over; the connections stay open. The kernel closes
-them when a process dies, however it does, and keep-alive probes find a machine that is gone.
+them when a process dies, however it does, keep-alive probes find a machine that is gone, and a process that hangs sends
+no more signs of life.
 """
 
 import atexit
@@ -17,6 +18,8 @@ import threading
 import time
 
 PROBE_S, PROBES = 5, 3  # a silent machine is lost after 5 + 3 x 5 s
+BEAT_S, SILENT_S = 5, 30  # between two signs of life; without one for so long a process counts as lost
+BEAT = b'\0'
 DONE = b'.'  # a process that ends its run regularly says so first
 VERDICT_S = 3.0
 
@@ -115,27 +118,47 @@ def watch():
   # in which the thread below says who it was; the abort then goes on.
   libc = ctypes.CDLL(None)
   libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-  threading.Thread(target=_watch, daemon=True, name='hosts').start()
+  for work in (_watch, _beat):
+    threading.Thread(target=work, daemon=True, name='hosts').start()
   atexit.register(_say_done)
 
 
+def _beat():
+  while True:
+    time.sleep(BEAT_S)
+    for link in list(_links.values()):
+      _send_bytes(link, BEAT)
+
+
 def _watch():
-  open_links = dict(_links)
+  open_links, now = dict(_links), time.monotonic()
+  heard = dict.fromkeys(open_links, now)
   while open_links:
-    ready, _, _ = select.select(list(open_links.values()), [], [])
+    ready, _, _ = select.select(list(open_links.values()), [], [], BEAT_S)
+    before, now = now, time.monotonic()
+    if now - before > 2 * BEAT_S:  # it is this process that was held up
+      heard = dict.fromkeys(open_links, now)
     for process, link in list(open_links.items()):
-      if link not in ready:
-        continue
-      try:
-        got = link.recv(65536)
-      except OSError:
-        got = b''
-      if got.startswith(DONE):
-        del open_links[process]
-      elif got:  # process 0 passes on whom it lost
-        _end(got.decode().strip())
-      else:
-        _end(f'process {process} ({_names[process]}) is gone')
+      if link in ready:
+        heard[process] = now
+        _read(process, link, open_links)
+      elif now - heard[process] > SILENT_S:
+        _end(f'process {process} ({_names[process]}) has given no sign of life for {SILENT_S} s')
+
+
+def _read(process: int, link: socket.socket, open_links: dict):
+  """What another process has to say."""
+  try:
+    data = link.recv(65536)
+  except OSError:
+    data = b''
+  got = data.replace(BEAT, b'')
+  if got.startswith(DONE):
+    del open_links[process]
+  elif got:  # process 0 passes on whom it lost
+    _end(got.decode().strip())
+  elif not data:
+    _end(f'process {process} ({_names[process]}) is gone')
 
 
 def _end(what: str):
