@@ -36,7 +36,7 @@ def bits(dtype: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """shapes: the result's arrays, a tuple's in order; fields: of a tuple's top level, how many arrays each has."""
+  """shapes: the result's arrays, a tuple's in order; type: the result's, as it is written."""
 
   name: str
   opcode: str
@@ -44,6 +44,7 @@ class Instruction:
   operands: tuple[str, ...]
   attributes: str
   literal: str = ''
+  type: str = ''
 
   def called(self, key: str) -> str | None:
     """The computation that an attribute such as `calls` names."""
@@ -100,7 +101,10 @@ ARRAY = re.compile(r'(\w+)\[([\d,<=]*)\](\{[^}]*\})?')
 
 
 def parse(text: str) -> Module:
-  """A module's text, as `compiled.as_text()` or the compiler's dump has it. Raises ValueError if there is none."""
+  """A module's text, as `compiled.as_text()` or the compiler's dump has it. Raises ValueError if there is none.
+
+  An operand `%loop#1`, as jaxlib 0.12 writes an element of a tuple, becomes an instruction get-tuple-element as before.
+  """
   computations, entry, current, root = {}, None, None, None
   for line in logical_lines(text):
     if current is None:
@@ -114,6 +118,8 @@ def parse(text: str) -> Module:
       entry, current = (computation if is_entry else entry), None
     elif found := LINE.match(line):
       instruction = parse_instruction(found.group(2), found.group(3))
+      for operand in instruction.operands:
+        name_elements(operand, current[1])
       current[1][instruction.name] = instruction
       root = instruction if found.group(1) else root
   if entry is None:
@@ -146,7 +152,19 @@ def parse_instruction(name: str, text: str) -> Instruction:
   opcode, inside = rest[:opening], rest[opening + 1:close]
   literal = inside if opcode in ('constant', 'parameter') else ''
   operands = () if literal else tuple(p.split()[-1].lstrip('%') for p in split(inside) if p.strip())
-  return Instruction(name, opcode, parse_shapes(shapes), operands, rest[close + 1:], literal)
+  return Instruction(name, opcode, parse_shapes(shapes), operands, rest[close + 1:], literal, shapes)
+
+
+def name_elements(operand: str, instructions: dict[str, Instruction]):
+  """Adds the element of a tuple that `operand` is, unless it is an instruction's name."""
+  source, mark, index = operand.rpartition('#')
+  if not mark or operand in instructions:
+    return
+  name_elements(source, instructions)
+  if source in instructions:
+    own = split(instructions[source].type[1:-1])[int(index)].strip()
+    instructions[operand] = Instruction(
+      operand, 'get-tuple-element', parse_shapes(own), (source,), f'index={index}', type=own)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
