@@ -123,7 +123,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def with_slice(argv: list[str]) -> list[str]:
   """argv with `PRESET@SLICE` for its PRESET, where the experiment has a table, `SLICES`, for --topology; says so."""
   given = dict(entry.named(argv[1:]))
-  experiment, topology = given.get('config', ''), given.get('topology', '')
+  experiment, topology = given.get('config', ''), given.get('topology', '').strip().lower()
   path, _, preset = experiment.partition(':')
   tables = getattr(entry.experiment_module(path), 'SLICES', {}).get(preset, {}) if path else {}
   if topology in tables:

@@ -291,8 +291,8 @@ def test_a_host_that_hangs_stops_the_other_which_names_it(tmp_path):
   _, err = both[0].communicate(timeout=90)
   both[1].kill()
   both[1].communicate()
-  assert 20 < time.monotonic() - hung < 60 and both[0].returncode == 1
-  assert f'error: process 1 ({socket.gethostname()}' in err and 'has given no sign of life for 30 s' in err
+  assert 30 < time.monotonic() - hung < 60 and both[0].returncode == 1
+  assert f'error: process 1 ({socket.gethostname()}' in err and 'has given no sign of life for 40 s' in err
   assert 'process 0 stops too' in err
 
 

@@ -19,7 +19,7 @@ from moe_rl.runtime import links
 from moe_rl.runtime import mesh as meshes
 
 PORT = 8476  # of process 0 on a TPU pod, where no flag says another
-HEARTBEAT_S = 45  # JAX's own, which names nobody: later than `links` tells
+HEARTBEAT_S = 50  # JAX's own, which names nobody: later than `links` tells
 METADATA = 'http://metadata.google.internal/computeMetadata/v1/instance/attributes/'
 
 

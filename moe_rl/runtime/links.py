@@ -18,7 +18,7 @@ import threading
 import time
 
 PROBE_S, PROBES = 5, 3  # a silent machine is lost after 5 + 3 x 5 s
-BEAT_S, SILENT_S = 5, 30  # between two signs of life; without one for so long a process counts as lost
+BEAT_S, SILENT_S = 5, 40  # between two signs of life; without one for so long a process counts as lost
 BEAT = b'\0'
 DONE = b'.'  # a process that ends its run regularly says so first
 VERDICT_S = 3.0
