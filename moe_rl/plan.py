@@ -29,12 +29,13 @@ _MEAN = flags.DEFINE_float('mean_tokens', 0.0, 'Mean tokens of a response; 0: th
 _PROMPT = flags.DEFINE_integer('prompt_tokens', 1024, 'Longest prompt, where the config leaves it to the task.',
                                lower_bound=1)
 _PRICE = flags.DEFINE_float('price', None, '$ a chip-hour; default: moe_rl/planner/prices.py.', lower_bound=0.0)
-_PATIENCE = flags.DEFINE_float('patience', 600.0, 'Seconds after which code generation is cut off.', lower_bound=0.0)
+PATIENCE = 600.0
+_PATIENCE = flags.DEFINE_float('patience', PATIENCE, 'Seconds after which code generation is cut off.', lower_bound=0.0)
 FLAGS = ('config', 'topology', 'json', 'suggest', 'tries', 'minutes', 'only', 'mean_tokens', 'prompt_tokens', 'price',
          'patience')
 
 
-def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, only=(), patience=600.0,
+def plan(config, topology, *, mean_tokens=None, prompt_tokens=1024, price=None, only=(), patience=PATIENCE,
          progress=None) -> dict:
   """The plan of an experiment's config on a `topologies.Topology`, as `report.as_json`. Raises ValueError on bad
   input."""

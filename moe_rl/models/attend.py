@@ -12,7 +12,7 @@ MASKED = -1e30  # added to a hidden score; finite, so that no inf - inf arises
 KERNEL_BLOCK = 512  # the kernel's tiles at most
 KERNEL_UNIT, LONG_UNIT, LONG = 128, 1024, 8192  # lengths are padded to these; beyond LONG wide blocks must divide them
 KERNEL_BYTES = 12 * 2**20  # for a block of keys in the backward kernel, of the 16 MiB that v5e and v5p leave a kernel
-MOST_PARTS = 12
+MOST_PARTS = 12  # blocks of keys in a row, where their width may be chosen
 
 
 def attend(query_NxTxHxK, key_NxTxHxK, value_NxTxHxV, segments_NxT, layout: Layout | None = None):

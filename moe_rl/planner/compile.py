@@ -2,8 +2,9 @@
 
 The compiler may take minutes and gigabytes and may abort its process: none of this may happen to the caller. A
 program's HLO and buffers are read from the compiler's dump, which is written before code is generated. That last part
-can take many minutes and is cut off after `patience` seconds: it changes no number but the code's own bytes. But it
-alone finds out whether a kernel's blocks fit the vector memory, so a plan that was cut off does not vouch for that.
+can take many minutes and is cut off after `patience` seconds: it adds the code's own bytes and the compiler's estimate,
+and it alone finds out whether a kernel's blocks fit the vector memory, so a plan that was cut off does not vouch for
+that.
 """
 
 import dataclasses

@@ -2,8 +2,7 @@
 
 JAX ends a process with a stack trace when another is missing or lost, and does not say which. Here process 0 listens on
 the coordinator's port until all have come, then JAX takes the port over; the connections stay open. The kernel closes
-them when a process dies, however it does, keep-alive probes find a machine that is gone, and a process that hangs sends
-no more signs of life.
+them when a process dies, however it does; one that hangs, or whose machine is gone, sends no more signs of life.
 """
 
 import atexit
@@ -17,7 +16,6 @@ import sys
 import threading
 import time
 
-PROBE_S, PROBES = 5, 3  # a silent machine is lost after 5 + 3 x 5 s
 BEAT_S, SILENT_S = 5, 40  # between two signs of life; without one for so long a process counts as lost
 BEAT = b'\0'
 DONE = b'.'  # a process that ends its run regularly says so first
@@ -110,10 +108,6 @@ def watch():
   """From here on, the loss of another process ends this one with a message."""
   for link in _links.values():
     link.settimeout(None)
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (('TCP_KEEPIDLE', PROBE_S), ('TCP_KEEPINTVL', PROBE_S), ('TCP_KEEPCNT', PROBES)):
-      if hasattr(socket, option):
-        link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
   # JAX's client calls abort() as soon as process 0 is gone. As the handler, sleep(SIGABRT = 6) holds that up for 6 s,
   # in which the thread below says who it was; the abort then goes on.
   libc = ctypes.CDLL(None)
